@@ -1,0 +1,443 @@
+"""Measure pass@N of checkpoints, exactly and from samples, and draw it (Table 1, Figures 1 and 2a).
+
+    python eval_passn.py runs/direct-n1/epoch-4 runs/direct-n64/epoch-4          # exact, no samples
+    python eval_passn.py runs/direct-n64/epoch-4 --n 4096                        # from 4,096 samples a problem as well
+    accelerate launch eval_passn.py runs/direct-n64/epoch-4 --n 4096             # the problems split over 8 GPUs
+
+pass@N coverage is the probability that at least one of N independent samples is right (Eq. 2). Two estimates:
+
+    exact     C^N = 1 - (1 - p)^N, with p = p̂(y|x) of the reference answer from one forward; direct answers only
+    sampled   1 - C(n-c, N) / C(n, N) from n samples of which c are right by the grader
+
+The template and the length of a completion are read from the checkpoint; flags override them. It prints a Markdown
+table and writes passn-<data>.json, passn-<data>.png and confidence-<data>.png. Samples are counted by distinct answer
+and each distinct answer is graded once; an evaluation that was interrupted goes on where it stopped.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections import Counter
+from pathlib import Path
+
+TABLE_NS = "1,16,256,4096"
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s CHECKPOINT [CHECKPOINT ...] [--flag VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help="folders that training wrote, or hub names"
+    )
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--data", help="folder, file of JSON lines or hub name (default: what the checkpoint was trained on)"
+    )
+    what.add_argument("--split", default="test", help="paper: test, 500 problems of MATH")
+    what.add_argument("--ns", default=TABLE_NS, help=f"the table's N, by commas (paper: {TABLE_NS})")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--n", type=int, help="samples a problem; without it nothing is sampled (paper: 4096)")
+    sampling.add_argument("--engine", default="auto", choices=["auto", "transformers"], help="what samples")
+    sampling.add_argument("--template", choices=["direct", "cot", "r1"], help="default: the checkpoint's")
+    sampling.add_argument("--max-new-tokens", type=int, help="default: the checkpoint's (paper: 1,024 for CoT)")
+    sampling.add_argument("--temperature", type=float, default=1.0, help="1 is p̂ itself (paper: 1)")
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--batch-size", type=int, default=512, help="sequences that a process computes at once")
+    parser.add_argument("--out", type=Path, help="default: the checkpoint's folder, or the one that holds them all")
+    args = parser.parse_args(argv)
+    try:
+        args.ns = sorted({int(n) for n in args.ns.split(",")})
+    except ValueError:
+        parser.error(f"--ns takes whole numbers separated by commas, not {args.ns!r}")
+    if args.ns[0] < 1:
+        parser.error(f"--ns takes numbers from 1 up, not {args.ns[0]}")
+    for name in ("n", "max_new_tokens", "temperature", "batch_size"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    if args.n and args.n < args.ns[-1]:
+        parser.error(
+            f"pass@{args.ns[-1]} cannot be estimated from {args.n} samples: raise --n, or give --ns up to {args.n}"
+        )
+    for checkpoint in args.checkpoints:
+        if args.checkpoints.count(checkpoint) > 1:
+            parser.error(f"{checkpoint} is given twice")
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+
+    import torch
+    import transformers
+
+    import common
+
+    # Everything about every checkpoint is checked before the first one is loaded.
+    records = [read_record(checkpoint) for checkpoint in args.checkpoints]
+    data = args.data or next((record["data"] for record in records if "data" in record), None)
+    data = data or common.defaults_for_this_machine("given", None)[1]
+    rows = common.load_problems(data, args.split)
+    tokenizers = [common.load_tokenizer(checkpoint) for checkpoint in args.checkpoints]
+    out = args.out or default_out(args.checkpoints)
+    accelerator = common.make_accelerator()
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    data_name = Path(data).stem if Path(data).exists() else data.replace("/", "-")
+    golds = {row["id"]: row["answer"] for row in rows}
+    grader = common.Grader(workers=min(os.cpu_count(), 8)) if accelerator.is_main_process else None
+
+    results = []
+    for checkpoint, record, tokenizer in zip(args.checkpoints, records, tokenizers, strict=True):
+        template = args.template or record.get("template", "direct")
+        examples, dropped = encode_for(rows, tokenizer, template, checkpoint)
+        longest = max((len(example.completion_ids) for example in examples), default=1)
+        max_new_tokens = args.max_new_tokens or record.get("max_new_tokens", longest if template == "direct" else 1024)
+        accelerator.print(
+            f"{checkpoint}: {len(rows):,} problems of {data} ({args.split}), template {template}"
+            + (f", {dropped} too long for the model and counted as unsolved" if dropped else "")
+            + (f", {args.n:,} samples each of up to {max_new_tokens} tokens by transformers" if args.n else "")
+        )
+        settings = {"device_map": "auto"} if spread_over_gpus(checkpoint, accelerator) else {}
+        dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+        model, scratch = common.load_model(checkpoint, tokenizer, args.seed, dtype=dtype, **settings)
+        if scratch:
+            common.refuse(f"{checkpoint} holds no weights: give a checkpoint that a training script wrote")
+        model = model.eval() if settings else model.eval().to(accelerator.device)
+
+        result = {
+            "checkpoint": checkpoint,
+            "template": template,
+            "max_new_tokens": max_new_tokens,
+            "n_prime": record.get("n_prime"),
+            "too_long": dropped,
+        }
+        # One entry a problem; what is measured of it is added to it below.
+        problems = {row["id"]: {"id": row["id"], "level": row.get("level")} for row in rows}
+        if template == "direct":
+            measure_exactly(model, tokenizer, examples, accelerator, max_new_tokens, args, problems)
+        if args.n:
+            counts = sample_all(
+                model, tokenizer, examples, accelerator, template, max_new_tokens, args, checkpoint, out, data_name
+            )
+            for id, (answers, unanswered) in counts.items():
+                problems[id] |= {"answers": answers, "unanswered": unanswered}
+        if accelerator.is_main_process:
+            result |= summarise(list(problems.values()), golds, grader, args)
+            results.append(result)
+        del model
+
+    if accelerator.is_main_process:
+        grader.close()
+        for kind in ("exact", "sampled"):
+            if all(kind in result for result in results):
+                how = f"from {args.n:,} samples a problem" if kind == "sampled" else "exact, reference answers only"
+                print(f"\npass@N in percent, {how}\n\n{markdown_table(results, kind, args.ns)}")
+        report = {
+            "data": data,
+            "split": args.split,
+            "problems": len(rows),
+            "ns": args.ns,
+            "arguments": {name: str(value) for name, value in vars(args).items()},
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "checkpoints": results,
+        }
+        path = out / f"passn-{data_name}.json"
+        path.with_suffix(".partial").write_text(json.dumps(report) + "\n")
+        path.with_suffix(".partial").rename(path)
+        figures = draw_coverage(results, out / f"passn-{data_name}.png")
+        figures += draw_confidence(results, out / f"confidence-{data_name}.png")
+        print("\nwrote", ", ".join(map(str, [path, *figures])))
+    accelerator.end_training()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_record(checkpoint: str) -> dict:
+    """What training wrote about its checkpoint: template, max_new_tokens, n_prime, data; {} for other models."""
+    import common
+
+    common.check_model_name(checkpoint)
+    path = Path(checkpoint) / "dco.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def default_out(checkpoints: list[str]) -> Path:
+    if not all(Path(checkpoint).is_dir() for checkpoint in checkpoints):
+        return Path("runs") / "-".join(checkpoint.replace("/", "-") for checkpoint in checkpoints[:1])
+    return Path(os.path.commonpath([os.path.normpath(checkpoint) for checkpoint in checkpoints]) or ".")
+
+
+def encode_for(rows, tokenizer, template: str, checkpoint: str):
+    """Examples whose completion is the reference, where the template's can be made (a solution may not be known)."""
+    import common
+
+    known = [row | {"solution": row.get("solution", "")} for row in rows]
+    return common.encode(known, tokenizer, template, common.longest_context(checkpoint))
+
+
+def spread_over_gpus(checkpoint: str, accelerator) -> bool:
+    """Whether the model is too large for one GPU and has to be spread over those of this one process."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if accelerator.device.type != "cuda" or accelerator.num_processes > 1 or torch.cuda.device_count() == 1:
+        return False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
+    return 2 * sum(p.numel() for p in model.parameters()) > 0.8 * torch.cuda.get_device_properties(0).total_memory
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure_exactly(model, tokenizer, examples, accelerator, max_new_tokens, args, problems):
+    """log p̂ of the reference answers, and the greedy completions with their confidence, into `problems`."""
+    import common
+
+    pad_id = common.pad_token_id(tokenizer)
+    log_p = common.log_probs_of(model, examples, accelerator, pad_id, args.batch_size)
+    greedy = common.greedy_completions(model, tokenizer, examples, accelerator, max_new_tokens, args.batch_size)
+    greedy_log_p = common.log_probs_of(model, greedy, accelerator, pad_id, args.batch_size)
+    for problem in problems.values():
+        problem |= {"log_p": -math.inf, "greedy": None, "greedy_confidence": 0.0}  # of those that are too long
+    for i, example in enumerate(greedy):
+        problems[example.id] |= {
+            "log_p": log_p[i].item(),
+            "greedy": common.read_answer(example.completion_ids, tokenizer, "direct"),
+            "greedy_confidence": greedy_log_p[i].exp().item(),
+        }
+
+
+def sample_all(model, tokenizer, examples, accelerator, template, max_new_tokens, args, checkpoint, out, data_name):
+    """n samples of each problem, counted by distinct answer, so that memory does not grow with n.
+
+    -> {id: ({answer: count}, samples without an answer)}. A line a problem is appended to samples-…jsonl as soon as
+    its samples are there; what is in such a file of the same checkpoint and settings is not sampled again.
+    """
+    from tqdm import tqdm
+
+    import common
+
+    weights = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(checkpoint).glob("*.safetensors"))
+    key = common.seed_of(checkpoint, weights, args.split, args.n, args.seed, args.temperature, template, max_new_tokens)
+    counts = {}
+    for path in out.glob(f"samples-{data_name}-{key}-*.jsonl"):
+        for line in path.read_text().split("\n")[:-1]:  # a line that was cut short by a kill has no end
+            entry = json.loads(line)
+            counts[entry["id"]] = (entry["answers"], entry["unanswered"])
+    accelerator.wait_for_everyone()  # all have read before any one writes
+    left = [example for example in examples if example.id not in counts]
+    together = max(1, args.batch_size // args.n)  # problems in a batch
+    groups = [left[i : i + together] for i in range(0, len(left), together)]
+    mine = groups[accelerator.process_index :: accelerator.num_processes]
+    path = out / f"samples-{data_name}-{key}-{accelerator.process_index}.jsonl"
+    progress = tqdm(total=sum(map(len, mine)), unit="problem", disable=not accelerator.is_local_main_process)
+    with open(path, "a") as file:
+        if file.tell() and not path.read_text().endswith("\n"):
+            file.write("\n")
+        for group in mine:
+            tallies = [Counter() for _ in group]
+            for chunk, start in enumerate(range(0, args.n, args.batch_size)):
+                found = common.generate(
+                    model,
+                    tokenizer,
+                    [example.prompt_ids for example in group],
+                    min(args.batch_size, args.n - start),
+                    max_new_tokens,
+                    common.seed_of(args.seed, key, group[0].id) + 256 * chunk,
+                    args.temperature,
+                )
+                for tally, completions in zip(tallies, found, strict=True):
+                    tally.update(common.read_answer(ids, tokenizer, template) for ids in completions)
+            for example, tally in zip(group, tallies, strict=True):
+                entry = {"id": example.id, "unanswered": tally.pop(None, 0), "answers": dict(tally.most_common())}
+                file.write(json.dumps(entry) + "\n")
+            file.flush()
+            progress.update(len(group))
+    progress.close()
+    accelerator.wait_for_everyone()
+    return (
+        counts
+        if not left
+        else sample_all(
+            model, tokenizer, examples, accelerator, template, max_new_tokens, args, checkpoint, out, data_name
+        )
+    )
+
+
+def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
+    """Grade what was found and estimate coverage; adds "greedy_right", "right", "mode" and so on to each problem."""
+    import numpy as np
+
+    import common
+
+    summary = {}
+    if "log_p" in problems[0]:
+        verdicts = grader.grade([(golds[problem["id"]], problem["greedy"]) for problem in problems])
+        for problem, verdict in zip(problems, verdicts, strict=True):
+            problem["greedy_right"] = verdict
+        log_p = [problem["log_p"] for problem in problems]
+        summary["exact"] = {}
+        for n in curve_ns(args.ns):
+            values = common.exact_pass_at_n(log_p, n)
+            summary["exact"][n] = interval(values, common.bootstrap_interval(values))
+        summary["greedy"] = {
+            "confidence": float(np.mean([problem["greedy_confidence"] for problem in problems])),
+            "accuracy": float(np.mean(verdicts)),
+        }
+    if args.n:
+        pairs = [(golds[problem["id"]], answer) for problem in problems for answer in problem.get("answers", {})]
+        right = dict(zip(pairs, grader.grade(pairs), strict=True))
+        for problem in problems:
+            answers = problem.pop("answers", {})
+            # A right answer may be written in several ways: its count is the sum over them. The mode is a string's.
+            problem["right"] = sum(count for answer, count in answers.items() if right[golds[problem["id"]], answer])
+            problem["mode"] = next(iter(answers), None)
+            problem["mode_confidence"] = answers.get(problem["mode"], 0) / args.n
+            problem["mode_right"] = bool(answers) and right[golds[problem["id"]], problem["mode"]]
+            problem["distinct"] = len(answers)
+        c = np.array([problem["right"] for problem in problems])
+        summary["sampled"] = {"n": args.n}
+        for n in [n for n in curve_ns(args.ns) if n <= args.n]:
+            values = common.pass_at_n(args.n, c, n)
+            summary["sampled"][n] = interval(values, common.bootstrap_interval(values))
+            summary["sampled"][n]["sampling_error"] = common.sampling_error(args.n, c, n)
+        summary["mode"] = {
+            "confidence": float(np.mean([problem["mode_confidence"] for problem in problems])),
+            "accuracy": float(np.mean([problem["mode_right"] for problem in problems])),
+        }
+    return summary | {"per_problem": problems}
+
+
+def interval(values, bounds) -> dict:
+    return {"pass": float(values.mean()), "low": bounds[0], "high": bounds[1]}
+
+
+def curve_ns(ns: list[int]) -> list[int]:
+    """The table's N and powers of two between 1 and the largest, for the curves."""
+    return sorted({*ns, *(2**i for i in range(ns[-1].bit_length()))})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def markdown_table(results: list[dict], kind: str, ns: list[int]) -> str:
+    """Checkpoints down, N across, percent; the best of each column in bold."""
+    shown = [[f"{100 * result[kind][n]['pass']:.1f}" for n in ns] for result in results]
+    best = [max(float(row[i]) for row in shown) for i in range(len(ns))]
+    lines = ["| checkpoint | " + " | ".join(f"pass@{n}" for n in ns) + " |", "|---" * (len(ns) + 1) + "|"]
+    for result, row in zip(results, shown, strict=True):
+        cells = [f"**{x}**" if len(results) > 1 and float(x) == best[i] else x for i, x in enumerate(row)]
+        lines.append(f"| {result['checkpoint']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def new_figure(columns: int, width: float):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, columns, figsize=(width, 3.6), layout="constrained", squeeze=False, sharey=True)
+
+
+def label_of(result: dict) -> str:
+    """N' where it is known, and the last two parts of the path."""
+    loss = {None: "", 1: "CE, "}.get(result["n_prime"], f"N' = {result['n_prime'] or 0:g}, ")
+    return loss + "/".join(Path(result["checkpoint"]).parts[-2:])
+
+
+def draw_coverage(results: list[dict], path: Path) -> list[Path]:
+    """pass@N over N with 95 % intervals over problems, and the largest at each N: the Pareto envelope (Figure 2a)."""
+    kind = "exact" if all("exact" in result for result in results) else "sampled"
+    if not all(kind in result for result in results):
+        return []
+    figure, axes = new_figure(1, 5.6)
+    axis, colours = axes[0, 0], colours_for(len(results))
+    ns = [n for n in results[0][kind] if n != "n"]
+    for i, result in enumerate(results):
+        points = [result[kind][n] for n in ns]
+        axis.plot(
+            ns,
+            [100 * p["pass"] for p in points],
+            color=colours[i],
+            marker="osD^vPX"[i % 7],
+            markersize=3.5,
+            label=label_of(result),
+        )
+        axis.fill_between(
+            ns,
+            [100 * p["low"] for p in points],
+            [100 * p["high"] for p in points],
+            color=colours[i],
+            alpha=0.12,
+            linewidth=0,
+        )
+    if len(results) > 1:
+        envelope = [100 * max(result[kind][n]["pass"] for result in results) for n in ns]
+        axis.plot(ns, envelope, color="black", linestyle=(0, (4, 2)), linewidth=1.2, label="Pareto envelope", zorder=1)
+    axis.set_xscale("log", base=4)
+    axis.set_xticks([n for n in ns if math.log(n, 4).is_integer()], [f"{n}" for n in ns if math.log(n, 4).is_integer()])
+    axis.set_ylim(0, 100)
+    axis.set_xlabel("N (samples a problem)")
+    axis.set_ylabel(f"pass@N coverage (%), {kind}")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=7, loc="lower right")
+    return save_figure(figure, path)
+
+
+def draw_confidence(results: list[dict], path: Path) -> list[Path]:
+    """Histograms of the confidence in the greedy completion, or in the most frequent answer, right and wrong apart
+    (Figures 1 and 3)."""
+    import numpy as np
+
+    kind = "greedy" if all("greedy" in result for result in results) else "mode"
+    if not all(kind in result for result in results):
+        return []
+    figure, axes = new_figure(len(results), 1 + 2.4 * len(results))
+    bins = np.linspace(0, 1, 21)
+    for axis, result in zip(axes[0], results, strict=True):
+        problems = result["per_problem"]
+        groups = [[p[f"{kind}_confidence"] for p in problems if p[f"{kind}_right"] is right] for right in (True, False)]
+        weights = [[100 / len(problems)] * len(group) for group in groups]
+        axis.hist(groups, bins, weights=weights, stacked=True, color=["#0072B2", "#E69F00"], label=["right", "wrong"])
+        axis.set_title(f"{label_of(result)}\nmean {result[kind]['confidence']:.2f}", fontsize=8)
+        axis.set_xlabel(
+            f"confidence in the {'greedy completion' if kind == 'greedy' else 'commonest answer'}", fontsize=8
+        )
+        axis.set_xlim(0, 1)
+    axes[0, 0].set_ylabel("problems (%)")
+    axes[0, 0].legend(fontsize=8)
+    return save_figure(figure, path)
+
+
+def colours_for(count: int):
+    """Colour-blind safe: Okabe and Ito's where they suffice, else steps of cividis."""
+    from matplotlib import colormaps
+
+    palette = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+    return palette[:count] if count <= len(palette) else [colormaps["cividis"](i / (count - 1)) for i in range(count)]
+
+
+def save_figure(figure, path: Path) -> list[Path]:
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return [path]
+
+
+if __name__ == "__main__":
+    main()

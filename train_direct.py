@@ -1,0 +1,308 @@
+"""Fine-tune a model on direct answers with cross-entropy or with Direct Coverage Optimization (§4, §5.1, §5.2).
+
+    python train_direct.py --n-prime 64                         # one process: a GPU, or the embedded model on a CPU
+    accelerate launch train_direct.py --n-prime 64              # the 8 GPUs of a node
+    accelerate launch --num_machines 2 --num_processes 16 --machine_rank 0 --main_process_ip HOST \\
+        --main_process_port 29500 train_direct.py --n-prime 64  # two nodes; --machine_rank 1 on the second one
+
+It minimises, over the problems x with answers y of the training split,
+
+    ℓ_DCO^N'(x, y) = -log(1 - (1 - p)^N'),   p = p̂(y|x),   whose gradient is   F(N', p) ∇(-log p)           (Eq. 3, 4)
+
+--n-prime 1 is cross-entropy. An example with F < --factor-threshold is replaced by the next one of the stream, so
+that each step averages over --batch-size examples that matter. In --out it writes args.json, metrics.jsonl (a line a
+step), epochs.jsonl (a line an epoch) and epoch-<k>/, an ordinary Hugging Face checkpoint, for `eval_passn.py`.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+# The settings of the embedded experiment, which take the place of the paper's when the model is one of examples/.
+# Its models start from random weights and are small: they want a larger rate, more epochs and a smaller batch.
+EXAMPLE_SETTINGS = {
+    "epochs": 24,
+    "batch_size": 32,
+    "micro_batch_size": 32,
+    "lr": 3e-3,
+    "warmup_steps": 50,
+    "betas": (0.9, 0.98),
+    "weight_decay": 0.01,
+    "nll": "mean",
+}
+
+
+def parse_arguments(argv=None, settings=None):
+    """argparse and the checks that need nothing but the arguments. settings: defaults in place of the paper's."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--flag VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what is trained on what")
+    what.add_argument("--model", help="folder or hub name (paper: meta-llama/Meta-Llama-3-8B, and 70B)")
+    what.add_argument("--data", help="folder with train.jsonl and test.jsonl, or hub name (paper: MATH, 12,000/500)")
+    what.add_argument("--template", default="direct", choices=["direct", "cot", "r1"], help="paper: direct")
+    what.add_argument("--seed", type=int, default=0, help="order of the examples, and weights made from scratch")
+    loss = parser.add_argument_group("the loss")
+    loss.add_argument("--n-prime", type=float, default=256, help="N' (paper: 1 = cross-entropy, 16, 64, 256, ...)")
+    loss.add_argument(
+        "--factor-threshold", type=float, default=0.3, help="replace examples with F below it (paper: 0.3)"
+    )
+    loss.add_argument("--nll", default="sum", choices=["sum", "mean"], help="over the answer's tokens (Eq. 4: sum)")
+    how = parser.add_argument_group("optimization")
+    how.add_argument("--epochs", type=int, default=4, help="passes over the data (paper: 4)")
+    how.add_argument("--max-steps", type=int, help="stop after this many steps")
+    how.add_argument("--batch-size", type=int, default=64, help="accepted examples a step, all processes (paper: 64)")
+    how.add_argument("--micro-batch-size", type=int, default=8, help="examples a process computes at once")
+    how.add_argument("--lr", type=float, default=2e-5, help="AdamW's, constant after the warm-up (paper: 2e-5)")
+    how.add_argument("--warmup-steps", type=int, default=20, help="linear (paper: 20)")
+    how.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW's")
+    how.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's")
+    how.add_argument("--clip", type=float, default=1.0, help="largest norm of a step's gradient")
+    how.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more computing")
+    where = parser.add_argument_group("what is written")
+    where.add_argument("--out", type=Path, help="default: runs/direct-n<N'>")
+    where.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    where.add_argument("--report-to", default="none", choices=["none", "tensorboard", "wandb"])
+    where.add_argument(
+        "--checkpoint-at",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="SHARE",
+        help="also save at these shares of the first epoch, with the ids seen by then (Figure 5: 0.11 0.86)",
+    )
+    parser.set_defaults(**settings or {})
+    args = parser.parse_args(argv)
+    if not 1 <= args.n_prime < math.inf:
+        parser.error(f"--n-prime must be a number from 1 up, not {args.n_prime}")
+    if not 0 <= args.factor_threshold < 1:
+        parser.error(f"--factor-threshold is a value of F and must lie in [0, 1), not {args.factor_threshold}")
+    for name in ("epochs", "max_steps", "batch_size", "micro_batch_size", "lr", "clip"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    if not all(0 < share <= 1 for share in args.checkpoint_at):
+        parser.error(f"--checkpoint-at takes shares of the first epoch, in (0, 1], not {args.checkpoint_at}")
+    args.out = args.out or Path(f"runs/direct-n{args.n_prime:g}")
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+
+    import torch  # the heavy imports come after the arguments, so that --help and a typo are answered at once
+    from tqdm import tqdm
+
+    import common
+
+    model_name, data_name = common.defaults_for_this_machine(args.model, args.data)
+    if common.is_example(model_name):
+        args = parse_arguments(argv, EXAMPLE_SETTINGS)
+    args.model, args.data = model_name, data_name
+
+    # Whatever can be refused is refused here, before any weights are loaded.
+    common.check_out(args.out, args.overwrite)
+    rows = {"train": common.load_problems(args.data, "train"), "test": common.load_problems(args.data, "test", False)}
+    tokenizer = common.load_tokenizer(args.model)
+    max_length = common.longest_context(args.model)
+    examples, dropped = {}, {}
+    for split in rows:
+        examples[split], dropped[split] = common.encode(rows[split], tokenizer, args.template, max_length)
+    if not examples["train"]:
+        common.refuse(f"--data {args.data}: all {dropped['train']} problems are longer than {max_length} tokens")
+    accelerator = common.make_accelerator(args.report_to, args.out)
+    processes, pad_id = accelerator.num_processes, common.pad_token_id(tokenizer)
+
+    model, scratch = common.load_model(args.model, tokenizer, args.seed)
+    model.train()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, tuple(args.betas), weight_decay=args.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    # What a checkpoint has to say about itself: the longest completion in the data fits into what evaluation samples.
+    max_new_tokens = max(len(example.completion_ids) for part in examples.values() for example in part)
+    record = {"template": args.template, "max_new_tokens": max_new_tokens, "n_prime": args.n_prime, "data": args.data}
+
+    loss_name = (
+        "cross-entropy" if args.n_prime == 1 else f"DCO with N' = {args.n_prime:g}, F >= {args.factor_threshold}"
+    )
+    accelerator.print(
+        f"{loss_name}, NLL {args.nll} over the tokens\n"
+        f"  model   {args.model}: {parameters:,} parameters, "
+        f"{'from scratch, since its folder holds no weights' if scratch else 'pretrained'}, {accelerator.device}\n"
+        f"  data    {args.data}: {len(examples['train']):,} to train on ({dropped['train']} dropped as too long), "
+        f"{len(examples['test']):,} to test ({dropped['test']} dropped), template {args.template}\n"
+        f"  steps   {args.batch_size} accepted examples each, from {processes} process{'es' if processes > 1 else ''} "
+        f"x micro-batches of {args.micro_batch_size}, {args.epochs} epochs{', at most' if args.max_steps else ''} "
+        f"{f'{args.max_steps} steps' if args.max_steps else ''}\n"
+        f"  AdamW   lr {args.lr:g} after {args.warmup_steps} steps, betas {tuple(args.betas)}, "
+        f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}\n"
+        f"  out     {args.out}"
+    )
+    if common.is_example(args.model):
+        accelerator.print("  (the settings of the embedded experiment, not the paper's, unless given by flags)")
+    if accelerator.is_main_process:
+        common.start_out(args.out, vars(args) | {"processes": processes, "parameters": parameters})
+    if args.report_to != "none":
+        accelerator.init_trackers("dco", config={name: str(value) for name, value in vars(args).items()})
+
+    def accept(log_p):
+        return common.dco_factor(log_p, args.n_prime) >= args.factor_threshold
+
+    def log_probs(ids):
+        """-> log p of this process's share of the examples, with the graph; of all of them, in stream order."""
+        share = common.split_evenly([examples["train"][i] for i in ids], accelerator)
+        mine = common.completion_log_probs(model, common.collate(share, pad_id, accelerator.device))
+        return mine, common.gather_in_order(mine, len(ids), accelerator)
+
+    def score(ids):
+        with torch.no_grad():
+            return log_probs(ids)[1]
+
+    def train(ids, room, count, chosen):
+        """One micro-batch a process: adds the gradient of 1/count Σ F(N', p) · NLL, over `ids` if they are chosen
+        already, else over the first `room` of them that are accepted."""
+        with accelerator.no_sync(model):
+            mine, log_p = log_probs(ids)
+        used = torch.ones_like(log_p, dtype=torch.bool) if chosen else accept(log_p)
+        used &= used.cumsum(0) <= room
+        if used.any():
+            weight = common.dco_factor(log_p, args.n_prime) * used
+            if args.nll == "mean":
+                weight = weight / torch.tensor(
+                    [len(examples["train"][i].completion_ids) for i in ids], device=weight.device
+                )
+            # The share's last item may be a repetition, there for equal work only: it counts for nothing.
+            share = torch.zeros_like(mine)
+            own = weight[accelerator.process_index :: processes]
+            share[: len(own)] = own
+            # DDP averages over the processes, hence the factor; it exchanges gradients once a step.
+            loss = (share * -mine).sum() * processes / count
+            if used.sum() == room:
+                with accelerator.trigger_sync_in_backward(model):
+                    accelerator.backward(loss)
+            else:
+                accelerator.backward(loss)
+        return log_p
+
+    refill = common.Refill(
+        len(examples["train"]),
+        args.batch_size,
+        accept if args.n_prime > 1 and args.factor_threshold > 0 else None,  # F is never under 0, nor CE's under 1
+        args.seed,
+        processes,
+        args.micro_batch_size,
+        backward_cost=4 if args.gradient_checkpointing else 3,
+    )
+    step, clipped, last_checkpoint, checkpoint_at = 0, 0, "none", sorted(args.checkpoint_at)
+
+    def save(name, **more):
+        nonlocal last_checkpoint
+        last_checkpoint = args.out / name
+        common.save_checkpoint(accelerator, model, tokenizer, last_checkpoint, record | {"step": step} | more)
+
+    def save_shares_of_first_epoch():
+        while refill.epoch == 1 and checkpoint_at and refill.position >= checkpoint_at[0] * len(refill.order):
+            seen_ids = [examples["train"][i].id for i in refill.order[: refill.position]]
+            save(f"epoch-{checkpoint_at.pop(0):g}", epoch=1, seen_ids=seen_ids)
+
+    progress = tqdm(
+        total=args.epochs * len(examples["train"]),
+        unit="candidate",
+        disable=not accelerator.is_local_main_process,
+        mininterval=1,
+    )
+    for epoch in range(1, args.epochs + 1):
+        refill.start_epoch(last=epoch == args.epochs)
+        epoch_started, first_step, epoch_accepted = time.perf_counter(), step, 0
+        while args.max_steps is None or step < args.max_steps:
+            step_started = time.perf_counter()
+            done = refill.next_step(score, train, optimizer.zero_grad)
+            if done is None:
+                break
+            lr = args.lr * min(1, (step + 1) / max(args.warmup_steps, 1))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.clip))
+            log_p = done.values
+            used = accept(log_p) if refill.accept else torch.ones_like(log_p, dtype=torch.bool)
+            loss = common.dco_loss(log_p[used], args.n_prime).mean().item()
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                progress.close()
+                common.refuse(
+                    f"step {step + 1}: the loss is {loss}, the gradient's norm {grad_norm}; stopped before the update. "
+                    f"Last checkpoint: {last_checkpoint}. A lower --lr or --clip may help"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+
+            step, clipped, epoch_accepted = step + 1, clipped + (grad_norm > args.clip), epoch_accepted + len(done.ids)
+            seconds = time.perf_counter() - step_started
+            seen = refill.order[refill.position - done.candidates : refill.position]
+            metrics = {
+                "step": step,
+                "epoch": epoch,
+                "loss": loss,
+                "accepted": len(done.ids),
+                "candidates": done.candidates,
+                "mean_factor": common.dco_factor(log_p, args.n_prime).mean().item(),
+                "mean_p": log_p.exp().mean().item(),
+                "mean_ce": -log_p.mean().item(),
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "clipped_share": clipped / step,
+                "seconds": seconds,
+                "tokens_per_second": sum(len(examples["train"][i]) for i in seen) / seconds,
+                "ids": [examples["train"][i].id for i in done.ids],
+            }
+            if accelerator.is_main_process:
+                common.append_json(args.out / "metrics.jsonl", metrics)
+            accelerator.log({name: value for name, value in metrics.items() if name != "ids"}, step=step)
+            progress.set_postfix(
+                loss=f"{loss:.3f}",
+                accept=f"{len(done.ids) / done.candidates:.2f}",
+                F=f"{metrics['mean_factor']:.2f}",
+                refresh=False,
+            )
+            share_of_epoch = epoch - 1 + refill.position / len(refill.order)
+            progress.update(round(share_of_epoch * len(examples["train"])) - progress.n)
+            save_shares_of_first_epoch()
+
+        finished = refill.position == len(refill.order)
+        save_shares_of_first_epoch()
+        save(f"epoch-{epoch}" if finished else f"step-{step}", epoch=epoch)
+        summary = {
+            "epoch": epoch,
+            "step": step,
+            "steps": step - first_step,
+            "accepted": epoch_accepted,
+            "candidates": refill.position,
+            "leftovers": len(refill.leftovers),
+            "seconds": time.perf_counter() - epoch_started,
+        }
+        if examples["test"]:
+            summary |= common.exact_summary(
+                model, tokenizer, examples["test"], accelerator, max_new_tokens, 8 * args.micro_batch_size
+            )
+        if accelerator.is_main_process:
+            measured = "  ".join(f"{name} {100 * summary[name]:.1f}" for name in summary if name.startswith("pass@"))
+            tqdm.write(
+                f"epoch {epoch}/{args.epochs}: {summary['steps']} steps, {epoch_accepted} of {refill.position} accepted  |  "
+                f"{measured}" + (f"  greedy confidence {summary['greedy_confidence']:.3f}" if measured else "")
+            )
+        if accelerator.is_main_process:
+            common.append_json(args.out / "epochs.jsonl", summary)
+        accelerator.log({name: value for name, value in summary.items() if name != "epoch"}, step=step)
+        if not finished:
+            break
+    progress.close()
+    accelerator.print(f"done: {last_checkpoint}; python eval_passn.py {last_checkpoint} measures and draws pass@N")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
