@@ -20,9 +20,11 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -66,7 +68,7 @@ def dco_loss(log_p: torch.Tensor, n: float) -> torch.Tensor:
     tiny, certain = x < -40, x >= 0
     inside = torch.where(tiny | certain, -1.0, x)
     loss = -log1mexp(n * log1mexp(inside))
-    loss = torch.where(tiny, -math.log(n) - x + (n - 1) / 2 * x.exp(), loss)
+    loss = torch.where(tiny, -x.new_tensor(n).log() - x + (n - 1) / 2 * x.exp(), loss)
     return torch.where(certain, 0.0, loss).to(log_p.dtype)
 
 
@@ -88,7 +90,7 @@ def dco_factor(log_p: torch.Tensor, n: float) -> torch.Tensor:
     tiny, certain = x < -40, x >= 0
     inside = torch.where(tiny | certain, -1.0, x)
     log_miss = log1mexp(inside)  # log(1 - p)
-    factor = (math.log(n) + (n - 1) * log_miss + inside - log1mexp(n * log_miss)).exp()
+    factor = (x.new_tensor(n).log() + (n - 1) * log_miss + inside - log1mexp(n * log_miss)).exp()
     factor = torch.where(tiny, 1 - (n - 1) / 2 * x.exp(), factor)
     return torch.where(certain, 0.0, factor).to(log_p.dtype)
 
@@ -180,10 +182,13 @@ class Example:
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
-def encode(rows: list[dict], tokenizer, template: str, max_length: int) -> tuple[list[Example], int]:
-    """Tokenise prompt and completion apart. -> (examples, how many were dropped as longer than max_length tokens)."""
-    form, examples = TEMPLATES[template], []
+def encode(rows: list[dict], tokenizer, template: str, max_length: int) -> tuple[list[Example], dict[str, int]]:
+    """Tokenise prompt and completion apart. -> (examples, {why: how many rows were dropped})."""
+    form, examples, dropped = TEMPLATES[template], [], {}
     for row in rows:
+        if "{solution}" in form.completion and "solution" not in row:
+            dropped["without a solution"] = dropped.get("without a solution", 0) + 1
+            continue
         prompt_ids = tokenizer(form.prompt.format(**row)).input_ids
         completion_ids = tokenizer(form.completion.format(**row), add_special_tokens=False).input_ids
         unknown = tokenizer.unk_token_id
@@ -191,9 +196,12 @@ def encode(rows: list[dict], tokenizer, template: str, max_length: int) -> tuple
             text = (form.prompt + form.completion).format(**row)
             strange = next((c for c in text if unknown in tokenizer(c, add_special_tokens=False).input_ids), text)
             refuse(f"{row['source']}: the tokenizer has no token for {strange!r}; remove it or use another model")
-        examples.append(Example(row["id"], prompt_ids, completion_ids + [tokenizer.eos_token_id]))
-    kept = [example for example in examples if len(example) <= max_length]
-    return kept, len(examples) - len(kept)
+        example = Example(row["id"], prompt_ids, completion_ids + [tokenizer.eos_token_id])
+        if len(example) > max_length:  # dropped, never cut: an example without its end would teach not to end
+            dropped["too long"] = dropped.get("too long", 0) + 1
+        else:
+            examples.append(example)
+    return examples, dropped
 
 
 def collate(examples: list[Example], pad_id: int, device="cpu") -> dict:
@@ -475,8 +483,11 @@ class Refill:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+INTEGER = re.compile(r"-?[0-9]{1,18}")
+
+
 def plain(answer: str) -> str:
-    """The answer without what carries no meaning: $ and white space around it, a dollar sign, a full stop at its end."""
+    """The answer without what carries no meaning: white space and $ around it, a dollar sign, a final full stop."""
     return answer.replace("\\$", "").strip("$ \n\t").removesuffix(".").strip()
 
 
@@ -539,10 +550,12 @@ class Grader:
                 self.verdicts[gold, prediction] = False
             elif textual(gold) == textual(prediction):
                 self.verdicts[gold, prediction] = True
+            elif INTEGER.fullmatch(plain(gold)) and INTEGER.fullmatch(plain(prediction)):  # most of what is sampled
+                self.verdicts[gold, prediction] = int(plain(gold)) == int(plain(prediction))
             else:
                 futures[gold, prediction] = self.pool.schedule(is_right, [gold, prediction], timeout=self.seconds)
         for pair, future in futures.items():
-            # An exception is a text that breaks the parser, a time-out or a process that died of it: not a right answer.
+            # An exception is a text that breaks the parser, a time-out or a process that it killed: not a right answer.
             self.verdicts[pair] = future.exception() is None and future.result()
         return [self.verdicts[pair] for pair in pairs]
 
@@ -663,19 +676,27 @@ def make_accelerator(report_to: str = "none", out: Path | None = None):
     cuda = torch.cuda.is_available()
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # models that one trains on a CPU are so small that threads only get in their way
-    try:
-        accelerator = Accelerator(
-            cpu=not cuda,
-            mixed_precision="bf16" if cuda else "no",
-            log_with=None if report_to == "none" else report_to,
-            project_dir=out,
-        )
-    except ValueError as error:  # accelerate drops a tracker that isn't installed, or says so here
-        refuse(f"--report-to {report_to}: {first_line(error)}")
+    if report_to != "none" and find_spec(report_to) is None:  # accelerate would go on without it
+        refuse(f"--report-to {report_to}: it is not installed: pip install {report_to}")
+    accelerator = Accelerator(
+        cpu=not cuda,
+        mixed_precision="bf16" if cuda else "no",
+        log_with=None if report_to == "none" else report_to,
+        project_dir=out,
+    )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched, but this one sees {accelerator.num_processes}")
     return accelerator
+
+
+def end(accelerator):
+    """Close trackers and leave the process group."""
+    accelerator.wait_for_everyone()
+    # Gloo's thread still has to let go of the last collective's tensors, for which it needs the interpreter's lock; the
+    # group's destructor waits for that thread while it holds the lock. Without this pause a run can hang at its end.
+    time.sleep(0.2)
+    accelerator.end_training()
 
 
 def load_tokenizer(model: str):
@@ -692,8 +713,7 @@ def load_model(model: str, tokenizer, seed: int = 0, **settings):
     """-> (model, whether it was initialised from scratch because its folder holds no weights)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = Path(model)
-    scratch = folder.is_dir() and not any(folder.glob("*.safetensors"))
+    scratch = not holds_weights(model)
     if scratch:
         torch.manual_seed(seed)
         loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
@@ -701,6 +721,11 @@ def load_model(model: str, tokenizer, seed: int = 0, **settings):
         loaded = from_hub_or_folder(AutoModelForCausalLM.from_pretrained, model, use_safetensors=True, **settings)
     loaded.generation_config = neutral_generation_config(tokenizer)
     return loaded, scratch
+
+
+def holds_weights(model: str) -> bool:
+    """False for a folder with a configuration only; hub names are taken to hold some."""
+    return not Path(model).is_dir() or any(Path(model).glob("*.safetensors"))
 
 
 def check_model_name(model: str):

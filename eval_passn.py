@@ -104,9 +104,7 @@ def main(argv=None):
         )
         settings = {"device_map": "auto"} if spread_over_gpus(checkpoint, accelerator) else {}
         dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-        model, scratch = common.load_model(checkpoint, tokenizer, args.seed, dtype=dtype, **settings)
-        if scratch:
-            common.refuse(f"{checkpoint} holds no weights: give a checkpoint that a training script wrote")
+        model, _ = common.load_model(checkpoint, tokenizer, args.seed, dtype=dtype, **settings)
         model = model.eval() if settings else model.eval().to(accelerator.device)
 
         result = {
@@ -152,7 +150,7 @@ def main(argv=None):
         figures = draw_coverage(results, out / f"passn-{data_name}.png")
         figures += draw_confidence(results, out / f"confidence-{data_name}.png")
         print("\nwrote", ", ".join(map(str, [path, *figures])))
-    accelerator.end_training()
+    common.end(accelerator)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,6 +163,8 @@ def read_record(checkpoint: str) -> dict:
     import common
 
     common.check_model_name(checkpoint)
+    if not common.holds_weights(checkpoint):
+        common.refuse(f"{checkpoint} holds no weights: give a checkpoint that a training script wrote")
     path = Path(checkpoint) / "dco.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -176,11 +176,13 @@ def default_out(checkpoints: list[str]) -> Path:
 
 
 def encode_for(rows, tokenizer, template: str, checkpoint: str):
-    """Examples whose completion is the reference, where the template's can be made (a solution may not be known)."""
+    """-> (examples, how many problems are too long). Only direct answers are scored: others need no completion."""
     import common
 
-    known = [row | {"solution": row.get("solution", "")} for row in rows]
-    return common.encode(known, tokenizer, template, common.longest_context(checkpoint))
+    if template != "direct":
+        rows = [row | {"solution": "", "answer": ""} for row in rows]
+    examples, dropped = common.encode(rows, tokenizer, template, common.longest_context(checkpoint))
+    return examples, dropped.get("too long", 0)
 
 
 def spread_over_gpus(checkpoint: str, accelerator) -> bool:
@@ -209,7 +211,7 @@ def measure_exactly(model, tokenizer, examples, accelerator, max_new_tokens, arg
     greedy = common.greedy_completions(model, tokenizer, examples, accelerator, max_new_tokens, args.batch_size)
     greedy_log_p = common.log_probs_of(model, greedy, accelerator, pad_id, args.batch_size)
     for problem in problems.values():
-        problem |= {"log_p": -math.inf, "greedy": None, "greedy_confidence": 0.0}  # of those that are too long
+        problem |= {"log_p": None, "greedy": None, "greedy_confidence": 0.0}  # of those that are too long
     for i, example in enumerate(greedy):
         problems[example.id] |= {
             "log_p": log_p[i].item(),
@@ -230,49 +232,41 @@ def sample_all(model, tokenizer, examples, accelerator, template, max_new_tokens
 
     weights = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(checkpoint).glob("*.safetensors"))
     key = common.seed_of(checkpoint, weights, args.split, args.n, args.seed, args.temperature, template, max_new_tokens)
-    counts = {}
-    for path in out.glob(f"samples-{data_name}-{key}-*.jsonl"):
-        for line in path.read_text().split("\n")[:-1]:  # a line that was cut short by a kill has no end
-            entry = json.loads(line)
-            counts[entry["id"]] = (entry["answers"], entry["unanswered"])
+    pattern = f"samples-{data_name}-{key}-*.jsonl"
+    counts = read_counts(out.glob(pattern))
     accelerator.wait_for_everyone()  # all have read before any one writes
     left = [example for example in examples if example.id not in counts]
     together = max(1, args.batch_size // args.n)  # problems in a batch
     groups = [left[i : i + together] for i in range(0, len(left), together)]
     mine = groups[accelerator.process_index :: accelerator.num_processes]
-    path = out / f"samples-{data_name}-{key}-{accelerator.process_index}.jsonl"
     progress = tqdm(total=sum(map(len, mine)), unit="problem", disable=not accelerator.is_local_main_process)
-    with open(path, "a") as file:
-        if file.tell() and not path.read_text().endswith("\n"):
-            file.write("\n")
+    with open(out / pattern.replace("*", str(accelerator.process_index)), "a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut short by a kill
         for group in mine:
             tallies = [Counter() for _ in group]
             for chunk, start in enumerate(range(0, args.n, args.batch_size)):
-                found = common.generate(
-                    model,
-                    tokenizer,
-                    [example.prompt_ids for example in group],
-                    min(args.batch_size, args.n - start),
-                    max_new_tokens,
-                    common.seed_of(args.seed, key, group[0].id) + 256 * chunk,
-                    args.temperature,
-                )
+                prompts = [example.prompt_ids for example in group]
+                n = min(args.batch_size, args.n - start)
+                seed = common.seed_of(args.seed, key, group[0].id) + 256 * chunk
+                found = common.generate(model, tokenizer, prompts, n, max_new_tokens, seed, args.temperature)
                 for tally, completions in zip(tallies, found, strict=True):
-                    tally.update(common.read_answer(ids, tokenizer, template) for ids in completions)
+                    for ids, count in Counter(map(tuple, completions)).items():
+                        tally[common.read_answer(ids, tokenizer, template)] += count
             for example, tally in zip(group, tallies, strict=True):
                 entry = {"id": example.id, "unanswered": tally.pop(None, 0), "answers": dict(tally.most_common())}
-                file.write(json.dumps(entry) + "\n")
+                file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             progress.update(len(group))
     progress.close()
     accelerator.wait_for_everyone()
-    return (
-        counts
-        if not left
-        else sample_all(
-            model, tokenizer, examples, accelerator, template, max_new_tokens, args, checkpoint, out, data_name
-        )
-    )
+    return read_counts(out.glob(pattern))
+
+
+def read_counts(paths) -> dict:
+    """{id: ({answer: count}, samples without an answer)}; a last line that was cut short is not read."""
+    entries = [json.loads(line) for path in paths for line in path.read_bytes().split(b"\n")[:-1]]
+    return {entry["id"]: (entry["answers"], entry["unanswered"]) for entry in entries}
 
 
 def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
@@ -286,7 +280,7 @@ def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
         verdicts = grader.grade([(golds[problem["id"]], problem["greedy"]) for problem in problems])
         for problem, verdict in zip(problems, verdicts, strict=True):
             problem["greedy_right"] = verdict
-        log_p = [problem["log_p"] for problem in problems]
+        log_p = [-math.inf if problem["log_p"] is None else problem["log_p"] for problem in problems]
         summary["exact"] = {}
         for n in curve_ns(args.ns):
             values = common.exact_pass_at_n(log_p, n)
@@ -344,13 +338,19 @@ def markdown_table(results: list[dict], kind: str, ns: list[int]) -> str:
     return "\n".join(lines)
 
 
-def new_figure(columns: int, width: float):
+def new_figure(panels: int, columns: int):
+    """-> (figure, the axes of its panels in reading order, which share their y axis)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(1, columns, figsize=(width, 3.6), layout="constrained", squeeze=False, sharey=True)
+    rows = math.ceil(panels / columns)
+    size = (5.6, 3.6) if panels == 1 else (2.6 * columns, 2.6 * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for axis in axes.flat[panels:]:
+        axis.set_visible(False)
+    return figure, axes.flat[:panels]
 
 
 def label_of(result: dict) -> str:
@@ -364,30 +364,16 @@ def draw_coverage(results: list[dict], path: Path) -> list[Path]:
     kind = "exact" if all("exact" in result for result in results) else "sampled"
     if not all(kind in result for result in results):
         return []
-    figure, axes = new_figure(1, 5.6)
-    axis, colours = axes[0, 0], colours_for(len(results))
+    figure, axes = new_figure(1, 1)
+    axis, colours = axes[0], colours_for(len(results))
     ns = [n for n in results[0][kind] if n != "n"]
-    for i, result in enumerate(results):
-        points = [result[kind][n] for n in ns]
-        axis.plot(
-            ns,
-            [100 * p["pass"] for p in points],
-            color=colours[i],
-            marker="osD^vPX"[i % 7],
-            markersize=3.5,
-            label=label_of(result),
-        )
-        axis.fill_between(
-            ns,
-            [100 * p["low"] for p in points],
-            [100 * p["high"] for p in points],
-            color=colours[i],
-            alpha=0.12,
-            linewidth=0,
-        )
     if len(results) > 1:
         envelope = [100 * max(result[kind][n]["pass"] for result in results) for n in ns]
-        axis.plot(ns, envelope, color="black", linestyle=(0, (4, 2)), linewidth=1.2, label="Pareto envelope", zorder=1)
+        axis.plot(ns, envelope, color="0.8", linewidth=7, solid_capstyle="round", label="Pareto envelope")
+    for i, result in enumerate(results):
+        middle, low, high = ([100 * result[kind][n][name] for n in ns] for name in ("pass", "low", "high"))
+        axis.plot(ns, middle, color=colours[i], marker="osD^vPX"[i % 7], markersize=3.5, label=label_of(result))
+        axis.fill_between(ns, low, high, color=colours[i], alpha=0.12, linewidth=0)
     axis.set_xscale("log", base=4)
     axis.set_xticks([n for n in ns if math.log(n, 4).is_integer()], [f"{n}" for n in ns if math.log(n, 4).is_integer()])
     axis.set_ylim(0, 100)
@@ -406,20 +392,19 @@ def draw_confidence(results: list[dict], path: Path) -> list[Path]:
     kind = "greedy" if all("greedy" in result for result in results) else "mode"
     if not all(kind in result for result in results):
         return []
-    figure, axes = new_figure(len(results), 1 + 2.4 * len(results))
+    figure, axes = new_figure(len(results), math.ceil(len(results) / math.ceil(len(results) / 4)))
     bins = np.linspace(0, 1, 21)
-    for axis, result in zip(axes[0], results, strict=True):
+    for axis, result in zip(axes, results, strict=True):
         problems = result["per_problem"]
         groups = [[p[f"{kind}_confidence"] for p in problems if p[f"{kind}_right"] is right] for right in (True, False)]
         weights = [[100 / len(problems)] * len(group) for group in groups]
         axis.hist(groups, bins, weights=weights, stacked=True, color=["#0072B2", "#E69F00"], label=["right", "wrong"])
         axis.set_title(f"{label_of(result)}\nmean {result[kind]['confidence']:.2f}", fontsize=8)
-        axis.set_xlabel(
-            f"confidence in the {'greedy completion' if kind == 'greedy' else 'commonest answer'}", fontsize=8
-        )
+        axis.set_xlabel("greedy confidence" if kind == "greedy" else "confidence of the commonest answer", fontsize=8)
         axis.set_xlim(0, 1)
-    axes[0, 0].set_ylabel("problems (%)")
-    axes[0, 0].legend(fontsize=8)
+        axis.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+    axes[0].set_ylabel("problems (%)")
+    axes[0].legend(fontsize=8)
     return save_figure(figure, path)
 
 

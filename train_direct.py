@@ -111,7 +111,9 @@ def main(argv=None):
     for split in rows:
         examples[split], dropped[split] = common.encode(rows[split], tokenizer, args.template, max_length)
     if not examples["train"]:
-        common.refuse(f"--data {args.data}: all {dropped['train']} problems are longer than {max_length} tokens")
+        common.refuse(
+            f"--data {args.data}: no problem is left; dropped: {dropped['train']} (of {max_length} positions)"
+        )
     accelerator = common.make_accelerator(args.report_to, args.out)
     processes, pad_id = accelerator.num_processes, common.pad_token_id(tokenizer)
 
@@ -134,8 +136,8 @@ def main(argv=None):
         f"{loss_name}, NLL {args.nll} over the tokens\n"
         f"  model   {args.model}: {parameters:,} parameters, "
         f"{'from scratch, since its folder holds no weights' if scratch else 'pretrained'}, {accelerator.device}\n"
-        f"  data    {args.data}: {len(examples['train']):,} to train on ({dropped['train']} dropped as too long), "
-        f"{len(examples['test']):,} to test ({dropped['test']} dropped), template {args.template}\n"
+        f"  data    {args.data}: {len(examples['train']):,} to train on (dropped: {dropped['train'] or 'none'}), "
+        f"{len(examples['test']):,} to test (dropped: {dropped['test'] or 'none'}), template {args.template}\n"
         f"  steps   {args.batch_size} accepted examples each, from {processes} process{'es' if processes > 1 else ''} "
         f"x micro-batches of {args.micro_batch_size}, {args.epochs} epochs{', at most' if args.max_steps else ''} "
         f"{f'{args.max_steps} steps' if args.max_steps else ''}\n"
@@ -157,7 +159,17 @@ def main(argv=None):
         """-> log p of this process's share of the examples, with the graph; of all of them, in stream order."""
         share = common.split_evenly([examples["train"][i] for i in ids], accelerator)
         mine = common.completion_log_probs(model, common.collate(share, pad_id, accelerator.device))
-        return mine, common.gather_in_order(mine, len(ids), accelerator)
+        log_p = common.gather_in_order(mine, len(ids), accelerator)
+        if not log_p.isfinite().all():  # F of a NaN is below no threshold: the run would go on without any step
+            stop(f"log p of a candidate is {log_p[~log_p.isfinite()][0].item()}")
+        return mine, log_p
+
+    def stop(why):
+        progress.close()
+        common.refuse(
+            f"step {step + 1}: {why}; stopped before the update. Last checkpoint: {last_checkpoint}. "
+            "A lower --lr or --clip may help"
+        )
 
     def score(ids):
         with torch.no_grad():
@@ -221,22 +233,18 @@ def main(argv=None):
         epoch_started, first_step, epoch_accepted = time.perf_counter(), step, 0
         while args.max_steps is None or step < args.max_steps:
             step_started = time.perf_counter()
-            done = refill.next_step(score, train, optimizer.zero_grad)
-            if done is None:
-                break
             lr = args.lr * min(1, (step + 1) / max(args.warmup_steps, 1))
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            done = refill.next_step(score, train, optimizer.zero_grad)
+            if done is None:
+                break
             grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.clip))
             log_p = done.values
             used = accept(log_p) if refill.accept else torch.ones_like(log_p, dtype=torch.bool)
             loss = common.dco_loss(log_p[used], args.n_prime).mean().item()
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                progress.close()
-                common.refuse(
-                    f"step {step + 1}: the loss is {loss}, the gradient's norm {grad_norm}; stopped before the update. "
-                    f"Last checkpoint: {last_checkpoint}. A lower --lr or --clip may help"
-                )
+            if not math.isfinite(grad_norm):
+                stop(f"the gradient's norm is {grad_norm} at a loss of {loss}")
             optimizer.step()
             optimizer.zero_grad()
 
@@ -284,24 +292,23 @@ def main(argv=None):
             "leftovers": len(refill.leftovers),
             "seconds": time.perf_counter() - epoch_started,
         }
-        if examples["test"]:
+        if examples["test"] and args.template == "direct":  # p of a whole solution is not p of its answer
             summary |= common.exact_summary(
                 model, tokenizer, examples["test"], accelerator, max_new_tokens, 8 * args.micro_batch_size
             )
         if accelerator.is_main_process:
-            measured = "  ".join(f"{name} {100 * summary[name]:.1f}" for name in summary if name.startswith("pass@"))
-            tqdm.write(
-                f"epoch {epoch}/{args.epochs}: {summary['steps']} steps, {epoch_accepted} of {refill.position} accepted  |  "
-                f"{measured}" + (f"  greedy confidence {summary['greedy_confidence']:.3f}" if measured else "")
-            )
-        if accelerator.is_main_process:
             common.append_json(args.out / "epochs.jsonl", summary)
+            measured = "".join(f"  {name} {100 * value:.1f}" for name, value in summary.items() if "pass@" in name)
+            if measured:
+                measured = f"  |{measured}  greedy confidence {summary['greedy_confidence']:.3f}"
+            counted = f"{summary['steps']} steps, {epoch_accepted} of {refill.position} candidates accepted"
+            tqdm.write(f"epoch {epoch}/{args.epochs}: {counted}{measured}")
         accelerator.log({name: value for name, value in summary.items() if name != "epoch"}, step=step)
-        if not finished:
+        if not finished or step == args.max_steps:
             break
     progress.close()
     accelerator.print(f"done: {last_checkpoint}; python eval_passn.py {last_checkpoint} measures and draws pass@N")
-    accelerator.end_training()
+    common.end(accelerator)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+"""The tests run the scripts as a user does, from a copy of nothing: the repository itself, on its embedded examples."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of this size are 10 to 30 times slower with more, under load
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may wait for a network
+
+
+def run_script(*arguments, processes=1, code=0, cwd=ROOT, **environment):
+    """Run `python arguments...` (or torchrun with several processes) and return its CompletedProcess."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--"] if processes > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == code, f"exit {done.returncode}, not {code}\n{done.stdout}\n{done.stderr[-4000:]}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    import common
+
+    return common.load_tokenizer(str(ROOT / "examples/tiny_llama"))
+
+
+@pytest.fixture
+def tiny_model(tokenizer):
+    import common
+
+    model, scratch = common.load_model(str(ROOT / "examples/tiny_llama"), tokenizer, seed=0)
+    assert scratch
+    return model
+
+
+@pytest.fixture(scope="session")
+def cross_entropy_run(tmp_path_factory):
+    """A short run of train_direct.py that several tests look at: two epochs of cross-entropy."""
+    out = tmp_path_factory.mktemp("runs") / "direct-n1"
+    done = run_script("train_direct.py", "--n-prime", 1, "--epochs", 2, "--out", out, "--checkpoint-at", 0.11, 0.86)
+    return out, done
