@@ -26,6 +26,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -621,17 +622,16 @@ def greedy_completions(model, tokenizer, examples: list[Example], accelerator, m
     """-> each example with its completion replaced by the greedy one, in order, on every process."""
     from accelerate.utils import gather_object
 
-    mine = list(range(accelerator.process_index, len(examples), accelerator.num_processes))
-    found = []
-    for i in range(0, len(mine), batch_size):
-        part = [examples[j] for j in mine[i : i + batch_size]]
-        completions = generate(
-            accelerator.unwrap_model(model), tokenizer, [e.prompt_ids for e in part], 1, max_new_tokens, seed=None
-        )
-        found += [Example(e.id, e.prompt_ids, ids[0]) for e, ids in zip(part, completions, strict=True)]
-    found = gather_object(found) if accelerator.num_processes > 1 else found
-    place = {example.id: i for i, example in enumerate(examples)}
-    return sorted(found, key=lambda example: place[example.id])
+    found, processes, unwrapped = [], accelerator.num_processes, accelerator.unwrap_model(model)
+    for i in range(0, len(examples), batch_size * processes):
+        part = examples[i : i + batch_size * processes]
+        prompts = [example.prompt_ids for example in split_evenly(part, accelerator)]
+        completions = [ids for (ids,) in generate(unwrapped, tokenizer, prompts, 1, max_new_tokens, seed=None)]
+        if processes > 1:  # process by process, as in `gather_in_order`
+            gathered = gather_object(completions)
+            completions = [gathered[j % processes * len(prompts) + j // processes] for j in range(len(part))]
+        found += [Example(e.id, e.prompt_ids, ids) for e, ids in zip(part, completions, strict=True)]
+    return found
 
 
 def exact_summary(model, tokenizer, examples, accelerator, max_new_tokens: int, batch_size: int) -> dict:
@@ -669,25 +669,64 @@ def is_example(model: str) -> bool:
     return Path(model).resolve().is_relative_to(EXAMPLES)
 
 
-def make_accelerator(report_to: str = "none", out: Path | None = None):
-    """The Accelerator, and a check that as many processes met as were launched: apart, they would train apart."""
-    from accelerate import Accelerator
+def zero_config(stage: int, clip: float, micro_batch_size: int) -> dict:
+    """The whole DeepSpeed configuration: gradients and optimizer states (stage 2), or weights as well (stage 3), are
+    split over the processes. On GPUs the weights are bf16, and their float32 masters are among the optimizer states."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,  # it wants one; nothing here depends on it
+        "gradient_accumulation_steps": 1,  # `backward` says which call is a step's last one
+        "gradient_clipping": clip,
+        "bf16": {"enabled": torch.cuda.is_available()},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+    }
 
-    cuda = torch.cuda.is_available()
+
+def make_accelerator(
+    report_to: str = "none", out: Path | None = None, zero: int = 0, clip: float = 1.0, micro_batch_size: int = 1
+):
+    """The Accelerator, and a check that as many processes met as were launched: apart, they would train apart."""
+    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+
+    cuda, launched = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # models that one trains on a CPU are so small that threads only get in their way
-    if report_to != "none" and find_spec(report_to) is None:  # accelerate would go on without it
-        refuse(f"--report-to {report_to}: it is not installed: pip install {report_to}")
+    for name, wanted in ((report_to, report_to != "none"), ("deepspeed", zero > 0)):
+        if wanted and find_spec(name) is None:  # accelerate would go on without a tracker
+            refuse(f"{name} is asked for but not installed: pip install {name}")
+    if zero and "RANK" not in os.environ:
+        refuse(f"--zero {zero} splits a model over processes: start them with accelerate launch or torchrun")
     accelerator = Accelerator(
-        cpu=not cuda,
+        cpu=not cuda and not zero,  # cpu=True would switch DeepSpeed off
         mixed_precision="bf16" if cuda else "no",
         log_with=None if report_to == "none" else report_to,
         project_dir=out,
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero_config(zero, clip, micro_batch_size)) if zero else None,
+        # Without it, DeepSpeed's processes on a CPU each believe that they are alone.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")] if launched > 1 else [],
     )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched, but this one sees {accelerator.num_processes}")
     return accelerator
+
+
+def backward(accelerator, model, loss: torch.Tensor, last: bool):
+    """Add the gradient of `loss`. In the last call of a step DDP averages it over the processes; DeepSpeed, which has
+    been averaging all along, clips and makes the update inside of that call."""
+    accelerator.sync_gradients = last
+    with accelerator.trigger_sync_in_backward(model) if last else nullcontext():
+        accelerator.backward(loss)
+
+
+def discard_gradients(accelerator, optimizer):
+    """Forget what `backward` has added since the last step."""
+    accelerator.sync_gradients = True  # or zero_grad would do nothing
+    optimizer.zero_grad()
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
+        zero.zero_grad()
+        if hasattr(zero, "all_grad_tensors"):  # where stage 2 adds them up; stage 3 overwrites after its zero_grad
+            zero.all_grad_tensors = dict.fromkeys(zero.all_grad_tensors)
 
 
 def end(accelerator):
@@ -709,16 +748,26 @@ def load_tokenizer(model: str):
     return from_hub_or_folder(AutoTokenizer.from_pretrained, model)
 
 
-def load_model(model: str, tokenizer, seed: int = 0, **settings):
-    """-> (model, whether it was initialised from scratch because its folder holds no weights)."""
+def load_model(model: str, tokenizer, dtype=torch.float32, seed: int = 0, accelerator=None, **settings):
+    """-> (model, whether it was initialised from scratch because its folder holds no weights).
+
+    accelerator: needed under ZeRO-3 only, where pretrained weights are split over the processes as they are read.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations import unset_hf_deepspeed_config
 
     scratch = not holds_weights(model)
     if scratch:
         torch.manual_seed(seed)
-        loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        split = accelerator.state.deepspeed_plugin if accelerator else None
+        if split:  # initialised in shares, each process would draw other weights: they are split afterwards
+            unset_hf_deepspeed_config()
+        loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype)
+        if split:
+            split.set_deepspeed_weakref()
     else:
-        loaded = from_hub_or_folder(AutoModelForCausalLM.from_pretrained, model, use_safetensors=True, **settings)
+        settings |= {"dtype": dtype, "use_safetensors": True}
+        loaded = from_hub_or_folder(AutoModelForCausalLM.from_pretrained, model, **settings)
     loaded.generation_config = neutral_generation_config(tokenizer)
     return loaded, scratch
 
@@ -801,13 +850,12 @@ def append_json(path: Path, line: dict):
 def save_checkpoint(accelerator, model, tokenizer, folder: Path, record: dict):
     """An ordinary Hugging Face folder, plus dco.json with `record` (template, max_new_tokens, …), which evaluation
     reads. It is written beside its place and renamed, so that a folder of that name is always a whole one."""
-    accelerator.wait_for_everyone()
+    state = accelerator.get_state_dict(model)  # all processes: stage 3 gathers parameter by parameter into the first
     if accelerator.is_main_process:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         unwrapped = accelerator.unwrap_model(model)
         unwrapped.generation_config = neutral_generation_config(tokenizer)
-        state = accelerator.get_state_dict(model, unwrap=True)
         if accelerator.mixed_precision == "bf16":
             state = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
         unwrapped.save_pretrained(partial, state_dict=state)

@@ -104,7 +104,7 @@ def main(argv=None):
         )
         settings = {"device_map": "auto"} if spread_over_gpus(checkpoint, accelerator) else {}
         dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-        model, _ = common.load_model(checkpoint, tokenizer, args.seed, dtype=dtype, **settings)
+        model, _ = common.load_model(checkpoint, tokenizer, dtype, **settings)
         model = model.eval() if settings else model.eval().to(accelerator.device)
 
         result = {

@@ -16,6 +16,7 @@ step), epochs.jsonl (a line an epoch) and epoch-<k>/, an ordinary Hugging Face c
 
 import argparse
 import math
+import os
 import time
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def parse_arguments(argv=None, settings=None):
     how.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW's")
     how.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's")
     how.add_argument("--clip", type=float, default=1.0, help="largest norm of a step's gradient")
+    how.add_argument("--zero", type=int, choices=[0, 2, 3], help="DeepSpeed ZeRO stage (default: 2 with several GPUs)")
     how.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more computing")
     where = parser.add_argument_group("what is written")
     where.add_argument("--out", type=Path, help="default: runs/direct-n<N'>")
@@ -114,14 +116,18 @@ def main(argv=None):
         common.refuse(
             f"--data {args.data}: no problem is left; dropped: {dropped['train']} (of {max_length} positions)"
         )
-    accelerator = common.make_accelerator(args.report_to, args.out)
+    if args.zero is None:
+        args.zero = 2 if torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+    accelerator = common.make_accelerator(args.report_to, args.out, args.zero, args.clip, args.micro_batch_size)
     processes, pad_id = accelerator.num_processes, common.pad_token_id(tokenizer)
 
-    model, scratch = common.load_model(args.model, tokenizer, args.seed)
+    # Without ZeRO the weights are float32 and computed with in bf16; with it, DeepSpeed keeps the float32 masters.
+    dtype = torch.bfloat16 if args.zero and accelerator.device.type == "cuda" else torch.float32
+    model, scratch = common.load_model(args.model, tokenizer, dtype, args.seed, accelerator)
     model.train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: split by stage 3
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, tuple(args.betas), weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
 
@@ -139,6 +145,7 @@ def main(argv=None):
         f"  data    {args.data}: {len(examples['train']):,} to train on (dropped: {dropped['train'] or 'none'}), "
         f"{len(examples['test']):,} to test (dropped: {dropped['test'] or 'none'}), template {args.template}\n"
         f"  steps   {args.batch_size} accepted examples each, from {processes} process{'es' if processes > 1 else ''} "
+        f"{f'(ZeRO-{args.zero}) ' if args.zero else ''}"
         f"x micro-batches of {args.micro_batch_size}, {args.epochs} epochs{', at most' if args.max_steps else ''} "
         f"{f'{args.max_steps} steps' if args.max_steps else ''}\n"
         f"  AdamW   lr {args.lr:g} after {args.warmup_steps} steps, betas {tuple(args.betas)}, "
@@ -167,8 +174,7 @@ def main(argv=None):
     def stop(why):
         progress.close()
         common.refuse(
-            f"step {step + 1}: {why}; stopped before the update. Last checkpoint: {last_checkpoint}. "
-            "A lower --lr or --clip may help"
+            f"step {step + 1}: {why}; stopped. Last checkpoint: {last_checkpoint}. A lower --lr or --clip may help"
         )
 
     def score(ids):
@@ -192,13 +198,9 @@ def main(argv=None):
             share = torch.zeros_like(mine)
             own = weight[accelerator.process_index :: processes]
             share[: len(own)] = own
-            # DDP averages over the processes, hence the factor; it exchanges gradients once a step.
+            # Gradients are averaged over the processes, hence the factor.
             loss = (share * -mine).sum() * processes / count
-            if used.sum() == room:
-                with accelerator.trigger_sync_in_backward(model):
-                    accelerator.backward(loss)
-            else:
-                accelerator.backward(loss)
+            common.backward(accelerator, model, loss, last=bool(used.sum() == room))
         return log_p
 
     refill = common.Refill(
@@ -236,7 +238,7 @@ def main(argv=None):
             lr = args.lr * min(1, (step + 1) / max(args.warmup_steps, 1))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            done = refill.next_step(score, train, optimizer.zero_grad)
+            done = refill.next_step(score, train, lambda: common.discard_gradients(accelerator, optimizer))
             if done is None:
                 break
             grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.clip))

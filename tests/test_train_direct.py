@@ -89,20 +89,36 @@ def assert_same_run(out, one_process):
 @pytest.mark.parametrize("way", ["scoring", "straight"])
 @pytest.mark.parametrize("micro_batch_size", [32, 8, 5])
 def test_same_steps_whatever_the_micro_batch_and_the_way(way, micro_batch_size, one_process, tmp_path):
-    original = forced_way.force(way)
-    try:
+    with forced_way.Forced(way):
         train_direct.main([*COMMON_FLAGS, "--micro-batch-size", str(micro_batch_size), "--out", str(tmp_path / "run")])
-    finally:
-        common.Refill.__init__ = original
     assert_same_run(tmp_path / "run", one_process)
 
 
-@pytest.mark.parametrize("way", ["scoring", "straight", "auto"])
-def test_same_steps_and_weights_with_two_processes(way, one_process, tmp_path):
-    arguments = [*COMMON_FLAGS, "--micro-batch-size", 5, "--out", tmp_path / "run"]
+@pytest.mark.parametrize("way, zero", [("scoring", 0), ("straight", 0), ("auto", 0), ("auto", 2), ("auto", 3)])
+def test_same_steps_and_weights_with_two_processes(way, zero, one_process, tmp_path):
+    arguments = [*COMMON_FLAGS, "--micro-batch-size", 5, "--zero", zero, "--out", tmp_path / "run"]
     done = run_script("tests/forced_way.py", way, *arguments, processes=2)
     assert "from 2 processes" in done.stdout and done.stdout.count("no CUDA") == 1
     assert_same_run(tmp_path / "run", one_process)
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    run_script("examples/arithmetic/generate.py", "--train-per-level", 40, "--test-per-level", 4, "--out", folder)
+    return folder
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_discarded_gradients_leave_no_trace(zero, small_data, tmp_path):
+    """200 examples are six steps of 32 and eight: each epoch begins a step that it cannot fill, in the last one's case
+    anew as a short step."""
+    flags = ["--n-prime", "64", "--epochs", "3", "--data", str(small_data), "--micro-batch-size", "4", "--lr", "0.01"]
+    train_direct.main([*flags, "--out", str(tmp_path / "one")])
+    run_script("tests/forced_way.py", "reckless", *flags, "--zero", zero, "--out", tmp_path / "two", processes=2)
+    one, two = (read(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [step["ids"] for step in one] == [step["ids"] for step in two] and one[-1]["accepted"] < 32
+    assert largest_difference(tmp_path / "one/epoch-3", tmp_path / "two/epoch-3") < 1e-5
 
 
 def test_cross_entropy_with_two_processes_and_a_short_last_step(cross_entropy_run, tmp_path):
@@ -326,7 +342,7 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_checkpoint(cap
     out = tmp_path / "run"
     for n_prime in ("1", "64"):
         arguments = ["--n-prime", n_prime, "--lr", "1e30", "--checkpoint-at", "0.02", "--overwrite"]  # NaN at step 2
-        refused(arguments, capsys, f"stopped before the update. Last checkpoint: {out}/epoch-0.02", out)
+        refused(arguments, capsys, f"stopped. Last checkpoint: {out}/epoch-0.02", out)
         assert len(read(out / "metrics.jsonl")) == 1 and (out / "epoch-0.02/model.safetensors").is_file()
 
 
@@ -334,7 +350,7 @@ def test_a_tracker_that_is_not_installed_is_refused_and_one_that_is_gets_the_met
     arguments = ["--max-steps", "2", "--report-to", "tensorboard"]
     if find_spec("tensorboard") is None:
         refused(
-            arguments, capsys, "--report-to tensorboard: it is not installed: pip install tensorboard", tmp_path / "run"
+            arguments, capsys, "tensorboard is asked for but not installed: pip install tensorboard", tmp_path / "run"
         )
     else:
         train_direct.main([*arguments, "--out", str(tmp_path / "run")])
