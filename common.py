@@ -446,7 +446,7 @@ class Refill:
             # Surplus candidates, behind the one that fills the step, go back to the stream and keep nothing.
             self.position += kept[-1] + 1 if len(accepted) == self.batch_size else len(ids)
         candidates = self.position - start
-        self.recent = (len(accepted), candidates)
+        self.recent = (len(accepted), candidates) if candidates else self.recent
         short = len(accepted) < self.batch_size
         if short and trained:  # the share accepted fell so fast that a straight step was begun and cannot be filled
             discard()
@@ -472,7 +472,7 @@ class Refill:
     def round_size(self, room, rate, straight):
         """How many candidates to look at next: hardly ever more than the step will turn out to need (two standard
         deviations under the number expected), but no rounds so small that their number would cost more."""
-        expected = room / rate - 2 * math.sqrt(room * (1 - min(rate, 1))) / rate
+        expected = room / rate - 2 * math.sqrt(room * (1 - rate)) / rate
         wanted = math.ceil(max(room, expected, 0.04 * self.batch_size / rate))
         wanted = math.ceil(wanted / self.processes) * self.processes
         # Without activations to keep, four micro-batches fit where one is trained.
