@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -190,10 +191,16 @@ def encode(rows: list[dict], tokenizer, template: str, max_length: int) -> tuple
         if "{solution}" in form.completion and "solution" not in row:
             dropped["without a solution"] = dropped.get("without a solution", 0) + 1
             continue
-        prompt_ids = tokenizer(form.prompt.format(**row)).input_ids
-        completion_ids = tokenizer(form.completion.format(**row), add_special_tokens=False).input_ids
+        if "{answer}" in form.completion and not row["answer"].strip():
+            dropped["without an answer"] = dropped.get("without an answer", 0) + 1
+            continue
+        try:
+            prompt_ids = tokenizer(form.prompt.format(**row)).input_ids
+            completion_ids = tokenizer(form.completion.format(**row), add_special_tokens=False).input_ids
+        except TypeError:  # half of a surrogate pair
+            refuse(f"{row['source']}: the text is not valid Unicode")
         unknown = tokenizer.unk_token_id
-        if unknown is not None and unknown in prompt_ids + completion_ids:
+        if unknown not in (None, tokenizer.bos_token_id) and unknown in prompt_ids + completion_ids:
             text = (form.prompt + form.completion).format(**row)
             strange = next((c for c in text if unknown in tokenizer(c, add_special_tokens=False).input_ids), text)
             refuse(f"{row['source']}: the tokenizer has no token for {strange!r}; remove it or use another model")
@@ -261,7 +268,8 @@ def generate(
     config = neutral_generation_config(tokenizer, max_new_tokens=max_new_tokens, num_return_sequences=n, **how)
     training = model.training
     model.eval()
-    with torch.random.fork_rng():  # sampling must not move the random state of a training run
+    # Sampling must not move the random state of a training run.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed or 0)
         output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
     model.train(training)
@@ -303,7 +311,8 @@ def load_problems(data: str, split: str, required: bool = True) -> list[dict]:
     """-> rows {"id", "source", "problem", "answer"} and, where known, "solution", "level" (an int).
 
     data: a folder with {split}.jsonl, a file of JSON lines, or the name of a data set on the hub. A missing split
-    gives [] unless `required`. Bad rows end the script with the file, the line and the field.
+    gives [] unless `required`. Bad rows end the script with the file, the line and the field; but an empty answer in up
+    to one row of a thousand (MATH has two in 12,000) is left to `encode`, which drops and counts it.
     """
     path = Path(data)
     if path.is_dir():
@@ -317,7 +326,7 @@ def load_problems(data: str, split: str, required: bool = True) -> list[dict]:
         found = read_hub(data, split, required)
     else:
         refuse(f"--data {data} is not a folder, a file of JSON lines or the name of a data set on the hub")
-    rows = []
+    rows, unanswered = [], []
     for i, (source, raw) in enumerate(found):
         row = {"id": i, "source": source}
         for field, names in COLUMNS.items():
@@ -326,10 +335,15 @@ def load_problems(data: str, split: str, required: bool = True) -> list[dict]:
                 row[field] = str(value)
         for field in ("problem", "answer"):
             if not row.get(field, "").strip():
-                refuse(f"{source}: field {field!r} is missing or empty; every row needs a problem and an answer")
+                told = f"{source}: field {field!r} is missing or empty; every row needs a problem and an answer"
+                if row.get(field) is None or field == "problem":
+                    refuse(told)
+                unanswered.append(told)
         if "level" in row:
-            row["level"] = int("".join(filter(str.isdigit, row["level"])) or 0)
+            row["level"] = int((re.findall(r"\d+", row["level"]) or [0])[0])
         rows.append(row)
+    if len(unanswered) > len(rows) / 1000:
+        refuse(unanswered[0])
     if required and not rows:
         refuse(f"{path}: there are no problems in it")
     return rows
@@ -364,9 +378,9 @@ def read_hub(name: str, split: str, required: bool) -> list[tuple[str, dict]]:
     if split not in splits:
         if not required:
             return []
-        if len(splits) > 1:
-            refuse(f"data set {name} has no split {split!r} but {sorted(splits)}; choose one with --split")
-        split = next(iter(splits))  # AIME 2024 has one split only, called train
+        if len(splits) > 1 or split == "train":
+            refuse(f"data set {name} has no split {split!r} but {sorted(splits)}")
+        (split,) = splits  # AIME 2024 is there to be evaluated on, and has one split only, called train
     return [(f"{name}/{split}:{i + 1}", row) for i, row in enumerate(splits[split])]
 
 
@@ -493,11 +507,11 @@ def plain(answer: str) -> str:
 
 
 def textual(answer: str) -> str:
-    """An answer for comparison as a string: no white space, no \\text{} around it."""
+    """An answer for comparison as a string: no \\text{} around it, no white space but between two words or numbers."""
     answer = plain(answer)
     if answer.startswith("\\text{") and answer.endswith("}") and answer.count("{") == 1:
         answer = answer[len("\\text{") : -1]
-    return "".join(answer.split())
+    return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", " ".join(answer.split()))
 
 
 def bound_memory(megabytes: int):
@@ -607,6 +621,14 @@ def exact_pass_at_n(log_p, n: int) -> np.ndarray:
     return dco_loss(torch.as_tensor(log_p, dtype=torch.float64), n).neg().exp().numpy()
 
 
+def batch_that_fits(examples: list[Example], max_new_tokens: int, tokenizer, batch_size: int) -> int:
+    """At most batch_size sequences, fewer where their logits would pass 2^28 numbers or the batch 2^16 tokens: about
+    4 GB of logits with their copies, and 8 GB of keys and values for Llama-3-8B."""
+    prompt = max((len(example.prompt_ids) for example in examples), default=1)
+    completion = max([max_new_tokens, *(len(example.completion_ids) for example in examples)])
+    return max(1, min(batch_size, 2**28 // ((completion + 1) * len(tokenizer)), 2**16 // (prompt + completion)))
+
+
 @torch.no_grad()
 def log_probs_of(model, examples: list[Example], accelerator, pad_id: int, batch_size: int) -> torch.Tensor:
     """log p̂ of each example's completion by teacher forcing, split over the processes: float32 [len(examples)]."""
@@ -636,7 +658,7 @@ def greedy_completions(model, tokenizer, examples: list[Example], accelerator, m
 
 def exact_summary(model, tokenizer, examples, accelerator, max_new_tokens: int, batch_size: int) -> dict:
     """Exact pass@1/16/256/4096 and the mean confidence p̂(y_greedy|x) of the greedy completions, over `examples`."""
-    pad_id = pad_token_id(tokenizer)
+    pad_id, batch_size = pad_token_id(tokenizer), batch_that_fits(examples, max_new_tokens, tokenizer, batch_size)
     log_p = log_probs_of(model, examples, accelerator, pad_id, batch_size)
     greedy = greedy_completions(model, tokenizer, examples, accelerator, max_new_tokens, batch_size)
     confidence = log_probs_of(model, greedy, accelerator, pad_id, batch_size).exp()
@@ -650,15 +672,18 @@ def exact_summary(model, tokenizer, examples, accelerator, max_new_tokens: int, 
 
 
 def defaults_for_this_machine(model: str | None, data: str | None) -> tuple[str, str]:
-    """What --model and --data mean when left out: the paper's on a GPU, the embedded ones on a CPU."""
-    if torch.cuda.is_available():
-        defaults = ("meta-llama/Meta-Llama-3-8B", "nlile/hendrycks-MATH-benchmark")
-    else:
-        defaults = (relative(EXAMPLES / "tiny_llama"), relative(EXAMPLES / "arithmetic"))
-    taken = [f"--model {defaults[0]}"] * (model is None) + [f"--data {defaults[1]}"] * (data is None)
+    """What --model and --data mean when left out: the paper's on a GPU, the embedded ones without."""
+    cuda, taken = torch.cuda.is_available(), []
+    if model is None:
+        model = "meta-llama/Meta-Llama-3-8B" if cuda else relative(EXAMPLES / "tiny_llama")
+        taken.append(f"--model {model}")
+    if data is None:
+        embedded = is_example(model) or not cuda
+        data = relative(EXAMPLES / "arithmetic") if embedded else "nlile/hendrycks-MATH-benchmark"
+        taken.append(f"--data {data}")
     if taken and os.environ.get("RANK", "0") == "0":
-        print(f"{'CUDA found' if torch.cuda.is_available() else 'no CUDA'}: taking {' and '.join(taken)}", flush=True)
-    return model or defaults[0], data or defaults[1]
+        print(f"{'CUDA found' if cuda else 'no CUDA'}: taking {' and '.join(taken)}", flush=True)
+    return model, data
 
 
 def relative(path: Path) -> str:
@@ -683,12 +708,17 @@ def zero_config(stage: int, clip: float, micro_batch_size: int) -> dict:
 
 
 def make_accelerator(
-    report_to: str = "none", out: Path | None = None, zero: int = 0, clip: float = 1.0, micro_batch_size: int = 1
+    report_to: str = "none", out: Path | None = None, zero: int = 0, clip=1.0, micro_batch_size=1, patience_minutes=30
 ):
-    """The Accelerator, and a check that as many processes met as were launched: apart, they would train apart."""
+    """The Accelerator, and a check that as many processes met as were launched: apart, they would train apart.
+
+    patience_minutes: how long a process waits for the others before it gives up.
+    """
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
     cuda, launched = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+    backend, timeout = "nccl" if cuda else "gloo", timedelta(minutes=patience_minutes)
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # it would divide every loss once more
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # models that one trains on a CPU are so small that threads only get in their way
     for name, wanted in ((report_to, report_to != "none"), ("deepspeed", zero > 0)):
@@ -703,8 +733,12 @@ def make_accelerator(
         project_dir=out,
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero_config(zero, clip, micro_batch_size)) if zero else None,
         # Without it, DeepSpeed's processes on a CPU each believe that they are alone.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")] if launched > 1 else [],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)] if launched > 1 else [],
     )
+    if accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED"):
+        refuse(
+            f"accelerate is set up for {accelerator.distributed_type.value}: these scripts take DDP, or --zero 2 or 3"
+        )
     if accelerator.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched, but this one sees {accelerator.num_processes}")
     return accelerator
@@ -725,8 +759,9 @@ def discard_gradients(accelerator, optimizer):
     if accelerator.distributed_type.value == "DEEPSPEED":
         zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
         zero.zero_grad()
-        if hasattr(zero, "all_grad_tensors"):  # where stage 2 adds them up; stage 3 overwrites after its zero_grad
-            zero.all_grad_tensors = dict.fromkeys(zero.all_grad_tensors)
+        for name in ("all_grad_tensors", "averaged_gradients"):  # where stage 2 adds them up, in float32 and in bf16
+            if accelerator.state.deepspeed_plugin.zero_stage == 2:
+                setattr(zero, name, dict.fromkeys(getattr(zero, name)))
 
 
 def end(accelerator):
@@ -745,28 +780,36 @@ def load_tokenizer(model: str):
     transformers.logging.set_verbosity_error()  # its warnings are about flags that we set on purpose
     transformers.logging.disable_progress_bar()
     check_model_name(model)
-    return from_hub_or_folder(AutoTokenizer.from_pretrained, model)
+    tokenizer = from_hub_or_folder(AutoTokenizer.from_pretrained, model)
+    if tokenizer.eos_token_id is None:
+        refuse(f"{model}: the tokenizer has no end-of-sequence token, which has to close every completion")
+    return tokenizer
 
 
 def load_model(model: str, tokenizer, dtype=torch.float32, seed: int = 0, accelerator=None, **settings):
     """-> (model, whether it was initialised from scratch because its folder holds no weights).
 
+    Dropout is off: p is that of the model which is going to be sampled, and the same in every forward of a step.
     accelerator: needed under ZeRO-3 only, where pretrained weights are split over the processes as they are read.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations import unset_hf_deepspeed_config
 
     scratch = not holds_weights(model)
+    config = from_hub_or_folder(AutoConfig.from_pretrained, model)
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
     if scratch:
         torch.manual_seed(seed)
         split = accelerator.state.deepspeed_plugin if accelerator else None
         if split:  # initialised in shares, each process would draw other weights: they are split afterwards
             unset_hf_deepspeed_config()
-        loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype)
+        loaded = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if split:
             split.set_deepspeed_weakref()
     else:
-        settings |= {"dtype": dtype, "use_safetensors": True}
+        settings |= {"config": config, "dtype": dtype, "use_safetensors": True}
         loaded = from_hub_or_folder(AutoModelForCausalLM.from_pretrained, model, **settings)
     loaded.generation_config = neutral_generation_config(tokenizer)
     return loaded, scratch
@@ -774,27 +817,34 @@ def load_model(model: str, tokenizer, dtype=torch.float32, seed: int = 0, accele
 
 def holds_weights(model: str) -> bool:
     """False for a folder with a configuration only; hub names are taken to hold some."""
-    return not Path(model).is_dir() or any(Path(model).glob("*.safetensors"))
+    folder = Path(model)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return True
+    for other in [*folder.glob("*.bin"), *folder.glob("*.pt*"), *folder.glob("*.index.json")]:
+        refuse(f"{model} holds {other.name} but no *.safetensors: convert the weights, pickles are not loaded")
+    return False
 
 
 def check_model_name(model: str):
     looks_like_a_path = model.count("/") != 1 or model.startswith((".", "/", "~"))
     if Path(model).is_dir():
         if not (Path(model) / "config.json").is_file():
-            refuse(f"--model {model}: the folder has no config.json, so it is not a Hugging Face checkpoint")
+            refuse(f"{model}: the folder has no config.json, so it is not a Hugging Face checkpoint")
     elif looks_like_a_path:
-        refuse(f"--model {model}: there is no such folder")
+        refuse(f"{model}: there is no such folder")
 
 
 def from_hub_or_folder(load, model: str, **settings):
+    from safetensors import SafetensorError
+
     try:
         return load(model, **settings)
-    except (OSError, ValueError) as error:  # what transformers raises for gated, missing, offline and broken models
+    except (OSError, ValueError, SafetensorError) as error:  # gated, missing, offline, broken
         if Path(model).is_dir():
-            refuse(f"--model {model} cannot be loaded: {first_line(error)}")
+            refuse(f"{model} cannot be loaded: {first_line(error)}")
         refuse(
-            f"--model {model} is no folder here and cannot be fetched from the hub. If it is gated, accept its licence "
-            f"on its page and run `hf auth login`; if this machine is offline, give a folder. ({first_line(error)})"
+            f"{model} is no folder here and cannot be fetched from the hub. If it is gated, accept its licence on its "
+            f"page and run `hf auth login`; if this machine is offline, give a folder. ({first_line(error)})"
         )
 
 
@@ -824,20 +874,25 @@ def gather_in_order(values: torch.Tensor, count: int, accelerator) -> torch.Tens
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+RUN_FILES = ("args.json", "metrics.jsonl", "epochs.jsonl", "state")
+
+
 def check_out(out: Path, overwrite: bool):
     """Refuse to write into a run that is there already."""
     if out.exists() and not out.is_dir():
         refuse(f"--out {out} is a file")
-    if (out / "args.json").exists() and not overwrite:
-        refuse(f"--out {out} holds a run already: choose another folder, or --overwrite")
+    found = [out / name for name in RUN_FILES if (out / name).exists()] + [*out.glob("epoch-*"), *out.glob("step-*")]
+    if found and not overwrite:
+        refuse(f"--out {out} holds a run already ({found[0].name}): choose another folder, or --overwrite")
 
 
 def start_out(out: Path, args: dict):
-    """Remove what an earlier run left in `out`, and nothing else; write args.json."""
-    for old in [*out.glob("epoch-*"), *out.glob("step-*"), out / "state"]:
-        shutil.rmtree(old, ignore_errors=True)
-    for name in ("metrics.jsonl", "epochs.jsonl"):
-        (out / name).unlink(missing_ok=True)
+    """Remove what an earlier run left in `out` and nothing else (`check_out` has asked); write args.json."""
+    for old in [*out.glob("epoch-*"), *out.glob("step-*")]:
+        if (old / "dco.json").is_file() or old.suffix == ".partial":
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
+    for name in RUN_FILES:
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / "args.json").write_text(json.dumps(args, indent=2, default=str) + "\n")
 
@@ -857,7 +912,8 @@ def save_checkpoint(accelerator, model, tokenizer, folder: Path, record: dict):
         unwrapped = accelerator.unwrap_model(model)
         unwrapped.generation_config = neutral_generation_config(tokenizer)
         if accelerator.mixed_precision == "bf16":
-            state = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
+            cast = {}  # tied weights stay one tensor
+            state = {name: cast.setdefault(t.data_ptr(), t.to(torch.bfloat16)) for name, t in state.items()}
         unwrapped.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
         (partial / "dco.json").write_text(json.dumps(record) + "\n")

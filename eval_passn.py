@@ -15,6 +15,7 @@ and each distinct answer is graded once; an evaluation that was interrupted goes
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -62,9 +63,8 @@ def parse_arguments(argv=None):
         parser.error(
             f"pass@{args.ns[-1]} cannot be estimated from {args.n} samples: raise --n, or give --ns up to {args.n}"
         )
-    for checkpoint in args.checkpoints:
-        if args.checkpoints.count(checkpoint) > 1:
-            parser.error(f"{checkpoint} is given twice")
+    if len({os.path.normpath(checkpoint) for checkpoint in args.checkpoints}) < len(args.checkpoints):
+        parser.error("a checkpoint is given twice")
     return args
 
 
@@ -78,12 +78,14 @@ def main(argv=None):
 
     # Everything about every checkpoint is checked before the first one is loaded.
     records = [read_record(checkpoint) for checkpoint in args.checkpoints]
-    data = args.data or next((record["data"] for record in records if "data" in record), None)
-    data = data or common.defaults_for_this_machine("given", None)[1]
-    rows = common.load_problems(data, args.split)
+    templates = [args.template or record.get("template", "direct") for record in records]
+    if not args.n and set(templates) != {"direct"}:
+        common.refuse("pass@N of solutions can only be estimated from samples: give --n, 4096 for instance")
+    data = args.data or recorded_data(records)
+    rows = [row for row in common.load_problems(data, args.split) if row["answer"].strip()]
     tokenizers = [common.load_tokenizer(checkpoint) for checkpoint in args.checkpoints]
     out = args.out or default_out(args.checkpoints)
-    accelerator = common.make_accelerator()
+    accelerator = common.make_accelerator(patience_minutes=24 * 60)  # processes wait for the one that grades
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
@@ -92,9 +94,10 @@ def main(argv=None):
     grader = common.Grader(workers=min(os.cpu_count(), 8)) if accelerator.is_main_process else None
 
     results = []
-    for checkpoint, record, tokenizer in zip(args.checkpoints, records, tokenizers, strict=True):
-        template = args.template or record.get("template", "direct")
+    for checkpoint, record, template, tokenizer in zip(args.checkpoints, records, templates, tokenizers, strict=True):
         examples, dropped = encode_for(rows, tokenizer, template, checkpoint)
+        if not examples:
+            common.refuse(f"{checkpoint}: all {len(rows)} problems are too long for it")
         longest = max((len(example.completion_ids) for example in examples), default=1)
         max_new_tokens = args.max_new_tokens or record.get("max_new_tokens", longest if template == "direct" else 1024)
         accelerator.print(
@@ -132,9 +135,10 @@ def main(argv=None):
     if accelerator.is_main_process:
         grader.close()
         for kind in ("exact", "sampled"):
-            if all(kind in result for result in results):
+            measured = [result for result in results if kind in result]
+            if measured:
                 how = f"from {args.n:,} samples a problem" if kind == "sampled" else "exact, reference answers only"
-                print(f"\npass@N in percent, {how}\n\n{markdown_table(results, kind, args.ns)}")
+                print(f"\npass@N in percent, {how}\n\n{markdown_table(measured, kind, args.ns)}")
         report = {
             "data": data,
             "split": args.split,
@@ -147,7 +151,8 @@ def main(argv=None):
         path = out / f"passn-{data_name}.json"
         path.with_suffix(".partial").write_text(json.dumps(report) + "\n")
         path.with_suffix(".partial").rename(path)
-        figures = draw_coverage(results, out / f"passn-{data_name}.png")
+        figures = draw_coverage(results, "exact", out / f"passn-{data_name}.png")
+        figures += draw_coverage(results, "sampled", out / f"passn-{data_name}{'-sampled' * bool(figures)}.png")
         figures += draw_confidence(results, out / f"confidence-{data_name}.png")
         print("\nwrote", ", ".join(map(str, [path, *figures])))
     common.end(accelerator)
@@ -169,10 +174,28 @@ def read_record(checkpoint: str) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def recorded_data(records: list[dict]) -> str:
+    """What the checkpoints were trained on, whose test split they are to be measured on."""
+    import common
+
+    found = {record.get("data") for record in records}
+    if len(found) > 1:
+        common.refuse(f"the checkpoints were trained on different data ({', '.join(map(str, found))}): give --data")
+    (data,) = found
+    if data and Path(data).is_file():
+        common.refuse(f"the checkpoint was trained on the file {data}, which has no test split: give --data")
+    return data or common.defaults_for_this_machine("", None)[1]
+
+
 def default_out(checkpoints: list[str]) -> Path:
+    import common
+
     if not all(Path(checkpoint).is_dir() for checkpoint in checkpoints):
-        return Path("runs") / "-".join(checkpoint.replace("/", "-") for checkpoint in checkpoints[:1])
-    return Path(os.path.commonpath([os.path.normpath(checkpoint) for checkpoint in checkpoints]) or ".")
+        return Path("runs") / checkpoints[0].replace("/", "-")
+    common_folder = Path(os.path.commonpath([os.path.abspath(checkpoint) for checkpoint in checkpoints]))
+    if common_folder == Path(common_folder.root):
+        common.refuse("the checkpoints have no folder in common: give --out")
+    return Path(common.relative(common_folder))
 
 
 def encode_for(rows, tokenizer, template: str, checkpoint: str):
@@ -207,9 +230,10 @@ def measure_exactly(model, tokenizer, examples, accelerator, max_new_tokens, arg
     import common
 
     pad_id = common.pad_token_id(tokenizer)
-    log_p = common.log_probs_of(model, examples, accelerator, pad_id, args.batch_size)
-    greedy = common.greedy_completions(model, tokenizer, examples, accelerator, max_new_tokens, args.batch_size)
-    greedy_log_p = common.log_probs_of(model, greedy, accelerator, pad_id, args.batch_size)
+    batch_size = common.batch_that_fits(examples, max_new_tokens, tokenizer, args.batch_size)
+    log_p = common.log_probs_of(model, examples, accelerator, pad_id, batch_size)
+    greedy = common.greedy_completions(model, tokenizer, examples, accelerator, max_new_tokens, batch_size)
+    greedy_log_p = common.log_probs_of(model, greedy, accelerator, pad_id, batch_size)
     for problem in problems.values():
         problem |= {"log_p": None, "greedy": None, "greedy_confidence": 0.0}  # of those that are too long
     for i, example in enumerate(greedy):
@@ -230,24 +254,25 @@ def sample_all(model, tokenizer, examples, accelerator, template, max_new_tokens
 
     import common
 
-    weights = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(checkpoint).glob("*.safetensors"))
-    key = common.seed_of(checkpoint, weights, args.split, args.n, args.seed, args.temperature, template, max_new_tokens)
-    pattern = f"samples-{data_name}-{key}-*.jsonl"
-    counts = read_counts(out.glob(pattern))
+    asked = (args.split, args.n, args.seed, args.temperature, template, max_new_tokens)
+    key = common.seed_of(fingerprint(checkpoint), [example.prompt_ids for example in examples], *asked)
+    prefix = f"samples-{data_name}-{key}-"
+    counts = read_counts(out, prefix)
     accelerator.wait_for_everyone()  # all have read before any one writes
     left = [example for example in examples if example.id not in counts]
-    together = max(1, args.batch_size // args.n)  # problems in a batch
+    batch_size = common.batch_that_fits(examples, max_new_tokens, tokenizer, args.batch_size)
+    together = max(1, batch_size // args.n)  # problems in a batch
     groups = [left[i : i + together] for i in range(0, len(left), together)]
     mine = groups[accelerator.process_index :: accelerator.num_processes]
     progress = tqdm(total=sum(map(len, mine)), unit="problem", disable=not accelerator.is_local_main_process)
-    with open(out / pattern.replace("*", str(accelerator.process_index)), "a+b") as file:
+    with open(out / f"{prefix}{accelerator.process_index}.jsonl", "a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut short by a kill
         for group in mine:
             tallies = [Counter() for _ in group]
-            for chunk, start in enumerate(range(0, args.n, args.batch_size)):
+            for chunk, start in enumerate(range(0, args.n, batch_size)):
                 prompts = [example.prompt_ids for example in group]
-                n = min(args.batch_size, args.n - start)
+                n = min(batch_size, args.n - start)
                 seed = common.seed_of(args.seed, key, group[0].id) + 256 * chunk
                 found = common.generate(model, tokenizer, prompts, n, max_new_tokens, seed, args.temperature)
                 for tally, completions in zip(tallies, found, strict=True):
@@ -260,13 +285,29 @@ def sample_all(model, tokenizer, examples, accelerator, template, max_new_tokens
             progress.update(len(group))
     progress.close()
     accelerator.wait_for_everyone()
-    return read_counts(out.glob(pattern))
+    counts = read_counts(out, prefix)
+    missing = sum(example.id not in counts for example in examples)
+    if missing:
+        common.refuse(f"{out}: the samples of {missing} problems are not there; do all nodes share this folder?")
+    return counts
 
 
-def read_counts(paths) -> dict:
+def read_counts(out: Path, prefix: str) -> dict:
     """{id: ({answer: count}, samples without an answer)}; a last line that was cut short is not read."""
+    paths = [path for path in out.iterdir() if path.name.startswith(prefix)]
     entries = [json.loads(line) for path in paths for line in path.read_bytes().split(b"\n")[:-1]]
     return {entry["id"]: (entry["answers"], entry["unanswered"]) for entry in entries}
+
+
+def fingerprint(checkpoint: str) -> list | str:
+    """What tells a checkpoint's weights from others: the size and the last MiB of each file, wherever the folder is."""
+    found = []
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - (1 << 20)))
+            found.append((path.name, size, hashlib.sha256(file.read()).hexdigest()))
+    return found or checkpoint
 
 
 def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
@@ -359,10 +400,10 @@ def label_of(result: dict) -> str:
     return loss + "/".join(Path(result["checkpoint"]).parts[-2:])
 
 
-def draw_coverage(results: list[dict], path: Path) -> list[Path]:
+def draw_coverage(results: list[dict], kind: str, path: Path) -> list[Path]:
     """pass@N over N with 95 % intervals over problems, and the largest at each N: the Pareto envelope (Figure 2a)."""
-    kind = "exact" if all("exact" in result for result in results) else "sampled"
-    if not all(kind in result for result in results):
+    results = [result for result in results if kind in result]
+    if not results:
         return []
     figure, axes = new_figure(1, 1)
     axis, colours = axes[0], colours_for(len(results))

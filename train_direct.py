@@ -1,6 +1,6 @@
 """Fine-tune a model on direct answers with cross-entropy or with Direct Coverage Optimization (§4, §5.1, §5.2).
 
-    python train_direct.py --n-prime 64                         # one process: a GPU, or the embedded model on a CPU
+    python train_direct.py --n-prime 64                         # one process: without a GPU, the embedded model
     accelerate launch train_direct.py --n-prime 64              # the 8 GPUs of a node
     accelerate launch --num_machines 2 --num_processes 16 --machine_rank 0 --main_process_ip HOST \\
         --main_process_port 29500 train_direct.py --n-prime 64  # two nodes; --machine_rank 1 on the second one
@@ -85,9 +85,11 @@ def parse_arguments(argv=None, settings=None):
     for name in ("epochs", "max_steps", "batch_size", "micro_batch_size", "lr", "clip"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    if not all(0 < share <= 1 for share in args.checkpoint_at):
-        parser.error(f"--checkpoint-at takes shares of the first epoch, in (0, 1], not {args.checkpoint_at}")
-    args.out = args.out or Path(f"runs/direct-n{args.n_prime:g}")
+    if not all(0 < share < 1 for share in args.checkpoint_at):
+        parser.error(f"--checkpoint-at takes shares of the first epoch, in (0, 1), not {args.checkpoint_at}")
+    if not all(0 <= beta < 1 for beta in args.betas) or args.weight_decay < 0:
+        parser.error(f"--betas must lie in [0, 1) and --weight-decay be 0 or more: {args.betas}, {args.weight_decay}")
+    args.out = args.out or Path(f"runs/direct-n{args.n_prime:.15g}")
     return args
 
 
@@ -131,9 +133,14 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, tuple(args.betas), weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    # What a checkpoint has to say about itself: the longest completion in the data fits into what evaluation samples.
+    # What a checkpoint has to say about itself, for evaluation: the longest answer of the data fits into a sample.
     max_new_tokens = max(len(example.completion_ids) for part in examples.values() for example in part)
-    record = {"template": args.template, "max_new_tokens": max_new_tokens, "n_prime": args.n_prime, "data": args.data}
+    record = {
+        "template": args.template,
+        "max_new_tokens": max_new_tokens if args.template == "direct" else min(max_new_tokens, 1024),
+        "n_prime": args.n_prime,
+        "data": os.path.abspath(args.data) if os.path.exists(args.data) else args.data,
+    }
 
     loss_name = (
         "cross-entropy" if args.n_prime == 1 else f"DCO with N' = {args.n_prime:g}, F >= {args.factor_threshold}"
@@ -309,7 +316,8 @@ def main(argv=None):
         if not finished or step == args.max_steps:
             break
     progress.close()
-    accelerator.print(f"done: {last_checkpoint}; python eval_passn.py {last_checkpoint} measures and draws pass@N")
+    samples = "" if args.template == "direct" else " --n 4096"  # a whole solution's p says nothing of its answer's
+    accelerator.print(f"done. Measure and draw pass@N: python eval_passn.py {last_checkpoint}{samples}")
     common.end(accelerator)
 
 

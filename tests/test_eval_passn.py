@@ -2,9 +2,10 @@
 
 import json
 import math
+import shutil
 
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 
 import common
 import eval_passn
@@ -67,7 +68,7 @@ def test_report_holds_intervals_both_errors_and_every_problem(evaluated):
 
 def test_figures_are_drawn(evaluated):
     _, out, done = evaluated
-    for name in ("passn-arithmetic.png", "confidence-arithmetic.png"):
+    for name in ("passn-arithmetic.png", "passn-arithmetic-sampled.png", "confidence-arithmetic.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG") and (out / name).stat().st_size > 20_000
         assert str(out / name) in done.stdout
 
@@ -143,9 +144,48 @@ def test_solutions_are_sampled_and_their_boxed_answers_graded(tokenizer, tmp_pat
     assert found and not any("boxed" in answer for answer in found)
 
 
+def test_samples_of_one_data_set_are_not_taken_for_anothers(evaluated, tmp_path):
+    """Two files of one name, and a name with characters that a pattern would interpret."""
+    run, _, _ = evaluated
+    rows = common.load_problems("examples/arithmetic", "test")
+    rights = []
+    for name, part in (("a", rows[:40]), ("b", rows[40:80])):
+        data = tmp_path / name / "few[1].jsonl"
+        data.parent.mkdir()
+        data.write_text("".join(json.dumps({"problem": r["problem"], "answer": r["answer"]}) + "\n" for r in part))
+        eval_passn.main([str(run / "epoch-2"), "--data", str(data), "--n", "256", "--ns", "1", "--out", str(tmp_path)])
+        (result,) = json.loads((tmp_path / "passn-few[1].json").read_text())["checkpoints"]
+        expected = sum(256 * math.exp(problem["log_p"]) for problem in result["per_problem"])
+        rights.append(sum(problem["right"] for problem in result["per_problem"]))
+        assert abs(rights[-1] - expected) < 5 * expected**0.5
+    assert len(list(tmp_path.glob("samples-*"))) == 2 and min(rights) > 50
+
+
+def test_evaluation_from_another_folder_finds_the_data(evaluated, tmp_path):
+    run, _, _ = evaluated
+    done = run_script(ROOT / "eval_passn.py", run / "epoch-2", "--out", "here", cwd=tmp_path)
+    assert "500 problems" in done.stdout and (tmp_path / "here/passn-arithmetic.json").is_file()
+
+
+def test_checkpoints_trained_on_different_data_need_to_be_told_which(evaluated, tmp_path, capsys):
+    run, _, _ = evaluated
+    other = tmp_path / "epoch-2"
+    shutil.copytree(run / "epoch-2", other)
+    for data, told in (("/elsewhere", "trained on different data"), (str(tmp_path / "train.jsonl"), "different data")):
+        (other / "dco.json").write_text(json.dumps({"template": "direct", "data": data}))
+        with pytest.raises(SystemExit):
+            eval_passn.main([str(run / "epoch-2"), str(other), "--out", str(tmp_path / "out")])
+        assert told in capsys.readouterr().err
+    (tmp_path / "train.jsonl").write_text('{"problem": "1+1=", "answer": "2"}\n')
+    with pytest.raises(SystemExit):
+        eval_passn.main([str(other), "--out", str(tmp_path / "out")])
+    assert "which has no test split: give --data" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [
+        (["--template", "cot"], "can only be estimated from samples: give --n"),
         (["--ns", "1,many"], "--ns takes whole numbers"),
         (["--ns", "0,1"], "--ns takes numbers from 1 up"),
         (["--n", "64"], "pass@4096 cannot be estimated from 64 samples: raise --n, or give --ns up to 64"),

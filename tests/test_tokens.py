@@ -211,6 +211,53 @@ def test_data_that_is_not_there(data, told, capsys):
     assert stop.value.code == 2 and told in error and error.count("\n") == 1
 
 
+def test_two_empty_answers_in_maths_twelve_thousand_are_dropped_and_counted(tmp_path, capsys, tokenizer):
+    write(tmp_path, *[GOOD] * 1998, GOOD | {"answer": ""}, GOOD | {"answer": " "})
+    rows = common.load_problems(str(tmp_path), "train")
+    examples, dropped = common.encode(rows, tokenizer, "direct", 99)
+    assert len(examples) == 1998 and dropped == {"without an answer": 2}
+    write(tmp_path, *[GOOD] * 1997, *[GOOD | {"answer": ""}] * 3)  # more than one in a thousand is no accident
+    with pytest.raises(SystemExit):
+        common.load_problems(str(tmp_path), "train")
+    assert "train.jsonl:1998: field 'answer' is missing or empty" in capsys.readouterr().err
+
+
+def hub(monkeypatch, **splits):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: splits)
+
+
+def test_data_sets_of_the_hub(monkeypatch, capsys):
+    """The columns of nlile/hendrycks-MATH-benchmark and of HuggingFaceH4/aime_2024."""
+    math = {
+        "problem": "1+1=",
+        "solution": "\\boxed{2}",
+        "answer": "2",
+        "subject": "Algebra",
+        "level": 5,
+        "unique_id": "x",
+    }
+    hub(monkeypatch, train=[math, math], test=[math])
+    train, test = (common.load_problems("nlile/hendrycks-MATH-benchmark", split) for split in ("train", "test"))
+    assert len(train) == 2 and test[0]["level"] == 5 and test[0]["solution"] == "\\boxed{2}"
+    aime = {"id": 60, "problem": "1+1=", "solution": "easy", "answer": "204", "url": "", "year": "2024"}
+    hub(monkeypatch, train=[aime] * 30)
+    assert len(common.load_problems("HuggingFaceH4/aime_2024", "test")) == 30  # its only split
+    assert common.load_problems("HuggingFaceH4/aime_2024", "test", required=False) == []  # but not while training
+    hub(monkeypatch, test=[math])
+    with pytest.raises(SystemExit):  # nobody trains on a test split by accident
+        common.load_problems("HuggingFaceH4/MATH-500", "train")
+    assert "has no split 'train' but ['test']" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (ROOT.parent / "shared/data/math").is_dir(), reason="MATH is not beside this checkout")
+def test_math_loads():
+    rows = common.load_problems(str(ROOT.parent / "shared/data/math"), "train")
+    assert len(rows) == 12000 and sum(not row["answer"].strip() for row in rows) == 2
+    assert len(common.load_problems(str(ROOT.parent / "shared/data/math"), "test")) == 500
+
+
 # The embedded set
 
 

@@ -1,6 +1,7 @@
 """train_direct.py as a user runs it: what it learns, which examples it uses, what it writes and what it refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -121,6 +122,54 @@ def test_discarded_gradients_leave_no_trace(zero, small_data, tmp_path):
     assert largest_difference(tmp_path / "one/epoch-3", tmp_path / "two/epoch-3") < 1e-5
 
 
+def test_discarded_gradients_leave_no_trace_in_bf16(tmp_path):
+    """What ZeRO-2 and 3 do on GPUs, where gradients are added up elsewhere: a step after a discarded gradient has the
+    norm that it has without."""
+    done = run_script("tests/discard_in_bf16.py", processes=2)
+    norms = dict(re.findall(r"^stage (\d): ([\d.]+ [\d.]+)$", done.stdout, re.MULTILINE))
+    assert norms.keys() == {"2"}
+    clean, after_discard = map(float, norms["2"].split())
+    assert clean > 1 and after_discard == pytest.approx(clean, rel=1e-3)
+
+
+def test_zero_3_goes_on_from_pretrained_weights_as_one_process_does(cross_entropy_run, tmp_path):
+    """Here the weights are split as they are read."""
+    run, _ = cross_entropy_run
+    flags = ["--model", str(run / "epoch-1"), "--max-steps", "6", "--batch-size", "16", "--data", "examples/arithmetic"]
+    train_direct.main([*flags, "--out", str(tmp_path / "one")])
+    run_script("train_direct.py", *flags, "--zero", 3, "--out", tmp_path / "two", processes=2)
+    assert largest_difference(tmp_path / "one/step-6", tmp_path / "two/step-6") < 1e-5
+
+
+def test_dropout_is_off_in_training_and_measuring(tmp_path, tokenizer):
+    """A model whose configuration has dropout: both ways find the same p, and so the same steps."""
+    from transformers import GPT2Config
+
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    GPT2Config(**sizes, embd_pdrop=0.3, resid_pdrop=0.3).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    flags = ["--model", str(tmp_path / "gpt2"), "--lr", "0.01", "--max-steps", "30", "--n-prime", "16", "--nll", "mean"]
+    for way in ("scoring", "straight"):
+        with forced_way.Forced(way):
+            train_direct.main([*flags, "--out", str(tmp_path / way)])
+    # Dropout would change p, and with it the accepted examples, from one forward to the next.
+    steps = [[step["ids"] for step in read(tmp_path / way / "metrics.jsonl")] for way in ("scoring", "straight")]
+    assert steps[0] == steps[1]
+    assert largest_difference(tmp_path / "scoring/step-30", tmp_path / "straight/step-30") < 1e-3
+    config = json.loads((tmp_path / "scoring/step-30/config.json").read_text())
+    assert config["embd_pdrop"] == config["resid_pdrop"] == 0
+
+
+def test_weights_that_are_not_safetensors_are_refused_not_ignored(capsys, tmp_path, tokenizer):
+    model, _ = common.load_model("examples/tiny_llama", tokenizer)
+    model.config.save_pretrained(tmp_path / "old")
+    tokenizer.save_pretrained(tmp_path / "old")
+    torch.save(model.state_dict(), tmp_path / "old/pytorch_model.bin")
+    refused(["--model", tmp_path / "old"], capsys, "holds pytorch_model.bin but no *.safetensors", tmp_path / "run")
+    (tmp_path / "old/pytorch_model.bin").rename(tmp_path / "old/model.safetensors")
+    refused(["--model", tmp_path / "old"], capsys, f"{tmp_path}/old cannot be loaded", tmp_path / "run")
+
+
 def test_cross_entropy_with_two_processes_and_a_short_last_step(cross_entropy_run, tmp_path):
     """1500 examples, batches of 32, micro-batches of 5 and 2 processes: nothing divides anything."""
     out, _ = cross_entropy_run
@@ -229,7 +278,8 @@ def test_checkpoints_are_ordinary_hugging_face_folders(cross_entropy_run):
     config = model.generation_config
     assert (config.temperature, config.top_k, config.top_p, config.eos_token_id) == (1.0, 0, 1.0, 2)
     record = json.loads((out / "epoch-2/dco.json").read_text())
-    assert record["template"] == "direct" and record["max_new_tokens"] >= 5 and record["data"] == "examples/arithmetic"
+    assert record["template"] == "direct" and record["max_new_tokens"] >= 5
+    assert record["data"] == str(ROOT / "examples/arithmetic")
 
 
 def test_summary_is_the_exact_coverage_of_the_checkpoint(cross_entropy_run, tokenizer):
@@ -287,8 +337,10 @@ def refused(arguments, capsys, told, out):
         (["--factor-threshold", "1"], "must lie in [0, 1), not 1.0"),
         (["--batch-size", "0"], "--batch-size must be positive"),
         (["--lr", "-1"], "--lr must be positive"),
-        (["--checkpoint-at", "1.5"], "shares of the first epoch"),
-        (["--model", "./no/such/folder"], "--model ./no/such/folder: there is no such folder"),
+        (["--checkpoint-at", "1"], "shares of the first epoch"),
+        (["--betas", "0.9", "1.5"], "--betas must lie in [0, 1)"),
+        (["--weight-decay", "-1"], "--weight-decay be 0 or more"),
+        (["--model", "./no/such/folder"], "./no/such/folder: there is no such folder"),
         (["--model", "examples/arithmetic"], "the folder has no config.json"),
         (["--model", "meta-llama/Meta-Llama-3-8B"], "run `hf auth login`; if this machine is offline, give a folder"),
         (["--data", "no/such/folder"], "--data no/such/folder is not a folder"),
@@ -309,6 +361,7 @@ GOOD = {"problem": "1+1=", "answer": "2"}
         ([json.dumps(GOOD), '{"problem": "1+1=", "answer": ""}'], "train.jsonl:2: field 'answer' is missing or empty"),
         ([json.dumps({"problem": "1" * 2100, "answer": "2"})] * 3, "no problem is left; dropped: {'too long': 3}"),
         ([json.dumps(GOOD | {"problem": "1 + 1 = ½"})], "no token for '½'"),
+        (['{"problem": "\\ud83d", "answer": "2"}'], "train.jsonl:1: the text is not valid Unicode"),
     ],
 )
 def test_bad_data(lines, told, capsys, tmp_path):
@@ -331,11 +384,20 @@ def test_out_that_holds_a_run_is_refused_unless_overwritten(capsys, tmp_path):
     train_direct.main(["--max-steps", "1", "--out", str(out)])
     (out / "notes.txt").write_text("mine")
     before = (out / "metrics.jsonl").read_text()
-    refused(["--max-steps", "2"], capsys, "holds a run already: choose another folder, or --overwrite", out)
+    refused(["--max-steps", "2"], capsys, "holds a run already (args.json): choose another folder, or --overwrite", out)
     assert (out / "metrics.jsonl").read_text() == before
     train_direct.main(["--max-steps", "2", "--out", str(out), "--overwrite"])
     assert len(read(out / "metrics.jsonl")) == 2 and not (out / "step-1").exists()
     assert (out / "notes.txt").read_text() == "mine"  # what is not the run's is not touched
+
+
+def test_what_looks_like_a_run_is_not_touched_without_overwrite_and_what_is_not_one_never(capsys, tmp_path):
+    out = tmp_path / "run"
+    (out / "step-notes").mkdir(parents=True)
+    (out / "step-notes/mine.txt").write_text("mine")
+    refused(["--max-steps", "1"], capsys, "holds a run already (step-notes)", out)
+    train_direct.main(["--max-steps", "1", "--out", str(out), "--overwrite"])
+    assert (out / "step-notes/mine.txt").read_text() == "mine" and (out / "step-1").is_dir()
 
 
 def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_checkpoint(capsys, tmp_path):
