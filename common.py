@@ -25,6 +25,7 @@ import resource
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -40,8 +41,8 @@ EXAMPLES = Path(__file__).resolve().parent / "examples"
 
 
 def refuse(message: str):
-    """End the script over something that is the user's to mend: one line on stderr, by one process, and exit 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """End the script over something that is the user's to mend: one line on stderr, once a machine, and exit 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -186,13 +187,13 @@ class Example:
 
 def encode(rows: list[dict], tokenizer, template: str, max_length: int) -> tuple[list[Example], dict[str, int]]:
     """Tokenise prompt and completion apart. -> (examples, {why: how many rows were dropped})."""
-    form, examples, dropped = TEMPLATES[template], [], {}
+    form, examples, dropped = TEMPLATES[template], [], Counter()
     for row in rows:
-        if "{solution}" in form.completion and "solution" not in row:
-            dropped["without a solution"] = dropped.get("without a solution", 0) + 1
+        if "{solution}" in form.completion and not row.get("solution", "").strip():
+            dropped["without a solution"] += 1
             continue
         if "{answer}" in form.completion and not row["answer"].strip():
-            dropped["without an answer"] = dropped.get("without an answer", 0) + 1
+            dropped["without an answer"] += 1
             continue
         try:
             prompt_ids = tokenizer(form.prompt.format(**row)).input_ids
@@ -206,10 +207,10 @@ def encode(rows: list[dict], tokenizer, template: str, max_length: int) -> tuple
             refuse(f"{row['source']}: the tokenizer has no token for {strange!r}; remove it or use another model")
         example = Example(row["id"], prompt_ids, completion_ids + [tokenizer.eos_token_id])
         if len(example) > max_length:  # dropped, never cut: an example without its end would teach not to end
-            dropped["too long"] = dropped.get("too long", 0) + 1
+            dropped["too long"] += 1
         else:
             examples.append(example)
-    return examples, dropped
+    return examples, dict(dropped)
 
 
 def collate(examples: list[Example], pad_id: int, device="cpu") -> dict:
@@ -260,10 +261,9 @@ def generate(
 
     -> for each prompt, n lists of token ids, cut after the end-of-sequence token where there is one.
     """
-    device, pad_id = next(model.parameters()).device, pad_token_id(tokenizer)
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=device)
-    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    device = next(model.parameters()).device
+    batch = collate([Example(0, ids, []) for ids in prompts], pad_token_id(tokenizer), device)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     how = {"do_sample": False, "temperature": 1.0} if seed is None else {"temperature": temperature}
     config = neutral_generation_config(tokenizer, max_new_tokens=max_new_tokens, num_return_sequences=n, **how)
     training = model.training
@@ -271,10 +271,10 @@ def generate(
     # Sampling must not move the random state of a training run.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed or 0)
-        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+        output = model.generate(**inputs, generation_config=config)
     model.train(training)
     completions = []
-    for ids in output[:, width:].tolist():
+    for ids in output[:, inputs["input_ids"].shape[1] :].tolist():
         end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
         completions.append(ids[:end])
     return [completions[i : i + n] for i in range(0, len(completions), n)]
@@ -479,15 +479,17 @@ class Refill:
         return (self.recent[0] + accepted + 1) / (self.recent[1] + candidates + 1)
 
     def straight_pays(self, room, rate):
-        """Near the end of an epoch always score first, so that no gradient is computed for a step that isn't filled."""
-        left = len(self.order) - self.position
-        return self.k is not None and rate > (self.k - 1) / self.k and left > 2 * room / rate
+        """Where the rest of an epoch may not fill the step (expected less a standard deviation), score first."""
+        if self.k is None or rate <= (self.k - 1) / self.k:
+            return False
+        expected = (len(self.order) - self.position) * rate
+        return expected - math.sqrt(expected * (1 - rate)) >= room
 
     def round_size(self, room, rate, straight):
         """How many candidates to look at next: hardly ever more than the step will turn out to need (two standard
         deviations under the number expected), but no rounds so small that their number would cost more."""
         expected = room / rate - 2 * math.sqrt(room * (1 - rate)) / rate
-        wanted = math.ceil(max(room, expected, 0.04 * self.batch_size / rate))
+        wanted = math.ceil(max(room, expected, 0.02 * self.batch_size / rate))
         wanted = math.ceil(wanted / self.processes) * self.processes
         # Without activations to keep, four micro-batches fit where one is trained.
         return min(wanted, self.processes * self.micro_batch_size * (1 if straight else 4))
@@ -499,6 +501,10 @@ class Refill:
 
 
 INTEGER = re.compile(r"-?[0-9]{1,18}")
+NUMBER = re.compile(r"-?[0-9][0-9,]*(\.[0-9]+)?")
+BASED = re.compile(r"(\w+)_\{?([0-9]+)\}?")  # 1001_2, a number with its base
+# A sum, difference or product of numbers left as it is (but for 3.2 x 10^5), a chain of equations, one with no unknown.
+UNEVALUATED = re.compile(r"[0-9)}]\s*([-+*]|(\\cdot|\\times)(?!\s*10\s*\^))\s*[0-9(\\]|=.*=|^[^a-zA-Z]*=")
 
 
 def plain(answer: str) -> str:
@@ -512,6 +518,18 @@ def textual(answer: str) -> str:
     if answer.startswith("\\text{") and answer.endswith("}") and answer.count("{") == 1:
         answer = answer[len("\\text{") : -1]
     return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", " ".join(answer.split()))
+
+
+def is_refused(gold: str, prediction: str) -> bool:
+    """Whether math-verify's lenience would take for right what is not: it evaluates 28-29 to -1, so that copying a
+    problem would solve it, takes the last part of a chain of equations, and leaves out a number's base."""
+    gold, prediction = plain(gold), plain(prediction)
+    if "$" in prediction:  # several formulas
+        return True
+    bases = BASED.fullmatch(gold.replace(" ", "")), BASED.fullmatch(prediction.replace(" ", ""))
+    if bases[1]:
+        return not bases[0] or bases[0].groups() != bases[1].groups()
+    return bool(NUMBER.fullmatch(gold) and UNEVALUATED.search(prediction))
 
 
 def bound_memory(megabytes: int):
@@ -561,7 +579,7 @@ class Grader:
         for gold, prediction in dict.fromkeys(pairs):
             if (gold, prediction) in self.verdicts:
                 continue
-            if prediction is None or len(prediction) > self.max_characters:
+            if prediction is None or len(prediction) > self.max_characters or is_refused(gold, prediction):
                 self.verdicts[gold, prediction] = False
             elif textual(gold) == textual(prediction):
                 self.verdicts[gold, prediction] = True
@@ -650,20 +668,10 @@ def greedy_completions(model, tokenizer, examples: list[Example], accelerator, m
         prompts = [example.prompt_ids for example in split_evenly(part, accelerator)]
         completions = [ids for (ids,) in generate(unwrapped, tokenizer, prompts, 1, max_new_tokens, seed=None)]
         if processes > 1:  # process by process, as in `gather_in_order`
-            gathered = gather_object(completions)
-            completions = [gathered[j % processes * len(prompts) + j // processes] for j in range(len(part))]
+            gathered, share = gather_object(completions), len(prompts)
+            completions = [gathered[j % processes * share + j // processes] for j in range(len(part))]
         found += [Example(e.id, e.prompt_ids, ids) for e, ids in zip(part, completions, strict=True)]
     return found
-
-
-def exact_summary(model, tokenizer, examples, accelerator, max_new_tokens: int, batch_size: int) -> dict:
-    """Exact pass@1/16/256/4096 and the mean confidence p̂(y_greedy|x) of the greedy completions, over `examples`."""
-    pad_id, batch_size = pad_token_id(tokenizer), batch_that_fits(examples, max_new_tokens, tokenizer, batch_size)
-    log_p = log_probs_of(model, examples, accelerator, pad_id, batch_size)
-    greedy = greedy_completions(model, tokenizer, examples, accelerator, max_new_tokens, batch_size)
-    confidence = log_probs_of(model, greedy, accelerator, pad_id, batch_size).exp()
-    coverage = {f"pass@{n}": float(exact_pass_at_n(log_p, n).mean()) for n in (1, 16, 256, 4096)}
-    return coverage | {"greedy_confidence": confidence.mean().item()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -735,10 +743,9 @@ def make_accelerator(
         # Without it, DeepSpeed's processes on a CPU each believe that they are alone.
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)] if launched > 1 else [],
     )
-    if accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED"):
-        refuse(
-            f"accelerate is set up for {accelerator.distributed_type.value}: these scripts take DDP, or --zero 2 or 3"
-        )
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED"):
+        refuse(f"accelerate is set up for {kind}: these scripts take plain DDP, or --zero 2 or 3")
     if accelerator.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched, but this one sees {accelerator.num_processes}")
     return accelerator
@@ -786,20 +793,32 @@ def load_tokenizer(model: str):
     return tokenizer
 
 
-def load_model(model: str, tokenizer, dtype=torch.float32, seed: int = 0, accelerator=None, **settings):
-    """-> (model, whether it was initialised from scratch because its folder holds no weights).
+def load_config(model: str):
+    """The model's configuration, dropout off: p is that of the model which is going to be sampled, and the same in
+    every forward of a step."""
+    from transformers import AutoConfig
 
-    Dropout is off: p is that of the model which is going to be sampled, and the same in every forward of a step.
-    accelerator: needed under ZeRO-3 only, where pretrained weights are split over the processes as they are read.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.integrations import unset_hf_deepspeed_config
-
-    scratch = not holds_weights(model)
     config = from_hub_or_folder(AutoConfig.from_pretrained, model)
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
+    return config
+
+
+def longest_context(model: str) -> int:
+    """How many tokens the model has positions for."""
+    return getattr(load_config(model), "max_position_embeddings", None) or sys.maxsize
+
+
+def load_model(model: str, tokenizer, dtype=torch.float32, seed: int = 0, accelerator=None, **settings):
+    """-> (model, whether it was initialised from scratch because its folder holds no weights).
+
+    accelerator: needed under ZeRO-3 only, where pretrained weights are split over the processes as they are read.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    config, scratch = load_config(model), not holds_weights(model)
     if scratch:
         torch.manual_seed(seed)
         split = accelerator.state.deepspeed_plugin if accelerator else None
@@ -848,14 +867,6 @@ def from_hub_or_folder(load, model: str, **settings):
         )
 
 
-def longest_context(model: str) -> int:
-    """How many tokens the model has positions for."""
-    from transformers import AutoConfig
-
-    config = from_hub_or_folder(AutoConfig.from_pretrained, model)
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
-
-
 def split_evenly(items: list, accelerator) -> list:
     """This process's share: every so many-th item, the last one repeated so that all processes do the same work."""
     share = math.ceil(len(items) / accelerator.num_processes)
@@ -881,19 +892,30 @@ def check_out(out: Path, overwrite: bool):
     """Refuse to write into a run that is there already."""
     if out.exists() and not out.is_dir():
         refuse(f"--out {out} is a file")
-    found = [out / name for name in RUN_FILES if (out / name).exists()] + [*out.glob("epoch-*"), *out.glob("step-*")]
+    folders = [*out.glob("epoch-*"), *out.glob("step-*")]
+    found = [out / name for name in RUN_FILES if (out / name).exists()] + folders
     if found and not overwrite:
         refuse(f"--out {out} holds a run already ({found[0].name}): choose another folder, or --overwrite")
+    for folder in folders:
+        if not (folder / "dco.json").is_file() and folder.suffix != ".partial":
+            refuse(f"--out {out}: {folder.name} is no checkpoint, and --overwrite would not keep it: move it away")
+    ancestor = next(path for path in out.absolute().parents if path.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        refuse(f"--out {out}: nothing can be written to {ancestor}")
+
+
+def make_folder(out: Path):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"--out {out} cannot be made: {error.strerror}")
 
 
 def start_out(out: Path, args: dict):
     """Remove what an earlier run left in `out` and nothing else (`check_out` has asked); write args.json."""
-    for old in [*out.glob("epoch-*"), *out.glob("step-*")]:
-        if (old / "dco.json").is_file() or old.suffix == ".partial":
-            old.unlink() if old.is_symlink() else shutil.rmtree(old)
-    for name in RUN_FILES:
-        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    for old in [*out.glob("epoch-*"), *out.glob("step-*"), *(out / name for name in RUN_FILES)]:
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
     (out / "args.json").write_text(json.dumps(args, indent=2, default=str) + "\n")
 
 

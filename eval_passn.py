@@ -39,7 +39,7 @@ def parse_arguments(argv=None):
         "--data", help="folder, file of JSON lines or hub name (default: what the checkpoint was trained on)"
     )
     what.add_argument("--split", default="test", help="paper: test, 500 problems of MATH")
-    what.add_argument("--ns", default=TABLE_NS, help=f"the table's N, by commas (paper: {TABLE_NS})")
+    what.add_argument("--ns", help=f"the table's N, by commas (paper: {TABLE_NS}; up to --n)")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--n", type=int, help="samples a problem; without it nothing is sampled (paper: 4096)")
     sampling.add_argument("--engine", default="auto", choices=["auto", "transformers"], help="what samples")
@@ -51,7 +51,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--out", type=Path, help="default: the checkpoint's folder, or the one that holds them all")
     args = parser.parse_args(argv)
     try:
-        args.ns = sorted({int(n) for n in args.ns.split(",")})
+        default = [n for n in map(int, TABLE_NS.split(",")) if not args.n or n <= args.n]
+        args.ns = sorted({int(n) for n in args.ns.split(",")}) if args.ns else default
     except ValueError:
         parser.error(f"--ns takes whole numbers separated by commas, not {args.ns!r}")
     if args.ns[0] < 1:
@@ -87,9 +88,10 @@ def main(argv=None):
     out = args.out or default_out(args.checkpoints)
     accelerator = common.make_accelerator(patience_minutes=24 * 60)  # processes wait for the one that grades
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
+        common.make_folder(out)
     accelerator.wait_for_everyone()
-    data_name = Path(data).stem if Path(data).exists() else data.replace("/", "-")
+    data_name = Path(data).name.removesuffix(".jsonl") if Path(data).exists() else data.replace("/", "-")
+    data_name += "" if args.split == "test" else f"-{args.split}"
     golds = {row["id"]: row["answer"] for row in rows}
     grader = common.Grader(workers=min(os.cpu_count(), 8)) if accelerator.is_main_process else None
 
@@ -137,7 +139,8 @@ def main(argv=None):
         for kind in ("exact", "sampled"):
             measured = [result for result in results if kind in result]
             if measured:
-                how = f"from {args.n:,} samples a problem" if kind == "sampled" else "exact, reference answers only"
+                how = "exact, reference answers only" if kind == "exact" else f"from {args.n:,} samples a problem"
+                how += f", temperature {args.temperature:g}" if kind == "sampled" and args.temperature != 1 else ""
                 print(f"\npass@N in percent, {how}\n\n{markdown_table(measured, kind, args.ns)}")
         report = {
             "data": data,
@@ -167,6 +170,8 @@ def read_record(checkpoint: str) -> dict:
     """What training wrote about its checkpoint: template, max_new_tokens, n_prime, data; {} for other models."""
     import common
 
+    if checkpoint.rstrip("/").endswith(".partial"):
+        common.refuse(f"{checkpoint} was not written to its end")
     common.check_model_name(checkpoint)
     if not common.holds_weights(checkpoint):
         common.refuse(f"{checkpoint} holds no weights: give a checkpoint that a training script wrote")
@@ -203,7 +208,7 @@ def encode_for(rows, tokenizer, template: str, checkpoint: str):
     import common
 
     if template != "direct":
-        rows = [row | {"solution": "", "answer": ""} for row in rows]
+        rows = [row | {"solution": "0", "answer": "0"} for row in rows]
     examples, dropped = common.encode(rows, tokenizer, template, common.longest_context(checkpoint))
     return examples, dropped.get("too long", 0)
 

@@ -93,6 +93,19 @@ def parse_arguments(argv=None, settings=None):
     return args
 
 
+def exact_summary(model, tokenizer, examples, accelerator, max_new_tokens, batch_size):
+    """Exact pass@1/16/256/4096 and the mean confidence p̂(y_greedy|x) of the greedy completions, over `examples`."""
+    import common
+
+    pad_id = common.pad_token_id(tokenizer)
+    batch_size = common.batch_that_fits(examples, max_new_tokens, tokenizer, batch_size)
+    log_p = common.log_probs_of(model, examples, accelerator, pad_id, batch_size)
+    greedy = common.greedy_completions(model, tokenizer, examples, accelerator, max_new_tokens, batch_size)
+    confidence = common.log_probs_of(model, greedy, accelerator, pad_id, batch_size).exp()
+    coverage = {f"pass@{n}": float(common.exact_pass_at_n(log_p, n).mean()) for n in (1, 16, 256, 4096)}
+    return coverage | {"greedy_confidence": confidence.mean().item()}
+
+
 def main(argv=None):
     args = parse_arguments(argv)
 
@@ -239,7 +252,7 @@ def main(argv=None):
     )
     for epoch in range(1, args.epochs + 1):
         refill.start_epoch(last=epoch == args.epochs)
-        epoch_started, first_step, epoch_accepted = time.perf_counter(), step, 0
+        epoch_started, first_step, epoch_used = time.perf_counter(), step, 0
         while args.max_steps is None or step < args.max_steps:
             step_started = time.perf_counter()
             lr = args.lr * min(1, (step + 1) / max(args.warmup_steps, 1))
@@ -257,7 +270,7 @@ def main(argv=None):
             optimizer.step()
             optimizer.zero_grad()
 
-            step, clipped, epoch_accepted = step + 1, clipped + (grad_norm > args.clip), epoch_accepted + len(done.ids)
+            step, clipped, epoch_used = step + 1, clipped + (grad_norm > args.clip), epoch_used + len(done.ids)
             seconds = time.perf_counter() - step_started
             seen = refill.order[refill.position - done.candidates : refill.position]
             metrics = {
@@ -296,13 +309,13 @@ def main(argv=None):
             "epoch": epoch,
             "step": step,
             "steps": step - first_step,
-            "accepted": epoch_accepted,
+            "used": epoch_used,
             "candidates": refill.position,
-            "leftovers": len(refill.leftovers),
+            "carried_over": len(refill.leftovers),
             "seconds": time.perf_counter() - epoch_started,
         }
         if examples["test"] and args.template == "direct":  # p of a whole solution is not p of its answer
-            summary |= common.exact_summary(
+            summary |= exact_summary(
                 model, tokenizer, examples["test"], accelerator, max_new_tokens, 8 * args.micro_batch_size
             )
         if accelerator.is_main_process:
@@ -310,14 +323,17 @@ def main(argv=None):
             measured = "".join(f"  {name} {100 * value:.1f}" for name, value in summary.items() if "pass@" in name)
             if measured:
                 measured = f"  |{measured}  greedy confidence {summary['greedy_confidence']:.3f}"
-            counted = f"{summary['steps']} steps, {epoch_accepted} of {refill.position} candidates accepted"
+            rejected = refill.position - epoch_used - len(refill.leftovers)
+            counted = f"{summary['steps']} steps on {epoch_used} of {refill.position} candidates, {rejected} rejected"
+            counted += f", {len(refill.leftovers)} carried over" if refill.leftovers else ""
             tqdm.write(f"epoch {epoch}/{args.epochs}: {counted}{measured}")
         accelerator.log({name: value for name, value in summary.items() if name != "epoch"}, step=step)
         if not finished or step == args.max_steps:
             break
     progress.close()
-    samples = "" if args.template == "direct" else " --n 4096"  # a whole solution's p says nothing of its answer's
-    accelerator.print(f"done. Measure and draw pass@N: python eval_passn.py {last_checkpoint}{samples}")
+    more = "" if examples["test"] else " --data FOLDER"  # one with a test.jsonl
+    more += "" if args.template == "direct" else " --n 256"  # a whole solution's p says nothing of its answer's
+    accelerator.print(f"done. Measure and draw pass@N: python eval_passn.py {last_checkpoint}{more}")
     common.end(accelerator)
 
 

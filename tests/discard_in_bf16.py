@@ -1,4 +1,4 @@
-"""Print the gradient norm of a ZeRO-2 step in bf16, alone and after a gradient that was discarded. Run by torchrun."""
+"""Print the gradient norm of a ZeRO step in bf16, alone and after a discarded gradient: discard_in_bf16.py {2,3}."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ config = common.zero_config
 common.zero_config = lambda *arguments: config(*arguments) | {"bf16": {"enabled": True}}  # as it is on a GPU
 
 tokenizer = common.load_tokenizer("examples/tiny_llama")
-accelerator = common.make_accelerator(zero=2, clip=1e9)
+accelerator = common.make_accelerator(zero=int(sys.argv[1]), clip=1e9)
 model, _ = common.load_model("examples/tiny_llama", tokenizer, torch.bfloat16, 0, accelerator)
 optimizer = torch.optim.AdamW(model.parameters(), 0.0)
 model, optimizer = accelerator.prepare(model, optimizer)
@@ -33,5 +33,5 @@ for discarded in (False, True):
     add_gradient(examples[:4], last=False)
     add_gradient(examples[4:8], last=True)
     norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 1e9)))
-accelerator.print(f"stage 2: {norms[0]:.6f} {norms[1]:.6f}")
+accelerator.print(f"stage {sys.argv[1]}: {norms[0]:.6f} {norms[1]:.6f}")
 common.end(accelerator)

@@ -61,11 +61,24 @@ RIGHT = [
     (r"\pi a^2", r"a^2\pi"),
     (r"\frac{2ab}{a^2+b^2}", r"\frac{2ba}{b^2+a^2}"),
     ("10001_2", "10001_{2}"),
+    ("10001_2", "10001"),
+    ("320000", r"3.2 \times 10^5"),
+    ("1024", "2^{10}"),
+    ("6", "x = 6"),
+    ("-4", "-4"),
     (r"\emptyset", r"\emptyset"),
 ]
 WRONG = [
     ("1,2", "12"),
     ("12", "1 2"),
+    ("-1", "28-29"),
+    ("3591", "63*57"),
+    ("56", r"7 \times 8"),
+    ("5", "1=2=5"),
+    ("5", "3=5"),
+    ("3", "2$ $3"),
+    ("10001_2", "10001_3"),
+    ("17", "17_8"),
     (r"\frac{22}{3}", "2 2/3"),
     ("22/3", "2 2/3"),
     ("11/2", "1 1/2"),
@@ -105,6 +118,15 @@ def test_answers_of_the_kinds_that_math_has(grader):
     wanted = [True] * len(RIGHT) + [False] * len(WRONG)
     wrong = [pair for pair, *both in zip(RIGHT + WRONG, verdicts, wanted, strict=True) if both[0] != both[1]]
     assert not wrong
+
+
+def test_a_problem_is_no_answer_to_itself(grader):
+    """Copying the problem must not be rewarded, although math-verify evaluates it."""
+    rows = common.load_problems("examples/arithmetic", "test")
+    asked = [row for row in rows if row["problem"].endswith("=")]
+    assert len(asked) > 300
+    verdicts = grader.grade([(row["answer"], row["problem"].removesuffix("=")) for row in asked])
+    assert sum(verdicts) <= 0.02 * len(asked)  # a few powers, such as 2^8
 
 
 def test_every_answer_of_the_embedded_set_is_right_against_itself_and_not_against_the_next(grader):

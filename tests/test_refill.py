@@ -171,6 +171,25 @@ def test_cost_is_within_5_percent_of_the_cheaper_way(share, processes, micro_bat
     assert trainer.cost <= 1.05 * cheaper, f"{trainer.cost / cheaper:.3f}"
 
 
+@pytest.mark.parametrize("size, batch_size", [(320, 64), (640, 64), (200, 32), (1500, 32), (1000, 64)])
+@pytest.mark.parametrize("share", [1.0, 0.97, 0.95, 0.8, 0.7, 0.5, 0.1])
+def test_cost_of_whole_epochs(share, size, batch_size):
+    """Over the ends of the epochs as well, where candidates that fill no step are scored and no more."""
+    accepts = torch.rand(size, generator=torch.Generator().manual_seed(0)) < share
+    refill = common.Refill(size, batch_size, accept, 1, micro_batch_size=8)
+    trainer, cheaper = Trainer(lambda example, step: bool(accepts[example])), 0
+    for epoch in range(8):
+        refill.start_epoch(last=epoch == 7)
+        while True:
+            start = refill.position
+            done = refill.next_step(trainer.score, trainer.train, trainer.discard)
+            if done is None:
+                cheaper += refill.position - start
+                break
+            cheaper += min(done.candidates + 3 * len(done.ids), 3 * done.candidates)
+    assert trainer.cost <= 1.05 * cheaper, f"{trainer.cost / cheaper:.3f}"
+
+
 def test_first_steps_of_a_confident_model_are_not_trained_straight():
     """Nothing is known of the accept rate at first: one round in the dearer way, not a whole step."""
     accepts = torch.rand(8000, generator=torch.Generator().manual_seed(0)) < 0.05
