@@ -10,8 +10,9 @@ pass@N coverage is the probability that at least one of N independent samples is
     sampled   1 - C(n-c, N) / C(n, N) from n samples of which c are right by the grader
 
 The template and the length of a completion are read from the checkpoint; flags override them. It prints a Markdown
-table and writes passn-<data>.json, passn-<data>.png and confidence-<data>.png. Samples are counted by distinct answer
-and each distinct answer is graded once; an evaluation that was interrupted goes on where it stopped.
+table of each estimate and writes passn-<data>.json, passn-<data>.png, passn-<data>-sampled.png if both are there, and
+confidence-<data>.png. Samples are counted by distinct answer and each distinct answer is graded once; an evaluation
+that was interrupted goes on where it stopped.
 """
 
 import argparse
