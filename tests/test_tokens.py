@@ -251,13 +251,6 @@ def test_data_sets_of_the_hub(monkeypatch, capsys):
     assert "has no split 'train' but ['test']" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not (ROOT.parent / "shared/data/math").is_dir(), reason="MATH is not beside this checkout")
-def test_math_loads():
-    rows = common.load_problems(str(ROOT.parent / "shared/data/math"), "train")
-    assert len(rows) == 12000 and sum(not row["answer"].strip() for row in rows) == 2
-    assert len(common.load_problems(str(ROOT.parent / "shared/data/math"), "test")) == 500
-
-
 # The embedded set
 
 
