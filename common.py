@@ -727,8 +727,10 @@ def make_accelerator(
     cuda, launched = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     backend, timeout = "nccl" if cuda else "gloo", timedelta(minutes=patience_minutes)
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # it would divide every loss once more
-    if not cuda and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # models that one trains on a CPU are so small that threads only get in their way
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, in the middle of the progress bar
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # a model that one trains on a CPU is so small that threads get in its way
     for name, wanted in ((report_to, report_to != "none"), ("deepspeed", zero > 0)):
         if wanted and find_spec(name) is None:  # accelerate would go on without a tracker
             refuse(f"{name} is asked for but not installed: pip install {name}")
