@@ -590,6 +590,8 @@ class Grader:
         for pair, future in futures.items():
             # An exception is a text that breaks the parser, a time-out or a process that it killed: not a right answer.
             self.verdicts[pair] = future.exception() is None and future.result()
+        if not self.pool.active:  # then the exceptions above were not the texts'
+            raise RuntimeError("the grading processes cannot be started any more")
         return [self.verdicts[pair] for pair in pairs]
 
     def close(self):

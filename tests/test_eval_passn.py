@@ -173,7 +173,6 @@ def test_samples_beyond_a_batch_come_in_chunks_that_differ(evaluated, tmp_path):
 @pytest.mark.parametrize("template", ["cot", "r1"])
 def test_solutions_are_sampled_and_their_answers_extracted(template, tmp_path):
     """A checkpoint of another template: no exact coverage; the answer is in the last box, or between its tags."""
-    checkpoint = tmp_path / "run/step-60"
     flags = ["--template", template, "--n-prime", 1, "--max-steps", 60 if template == "cot" else 10]
     run_script("train_direct.py", *flags, "--out", tmp_path / "run")
     checkpoint = tmp_path / f"run/step-{flags[-1]}"

@@ -186,6 +186,14 @@ def allocate(size):
     return len(bytearray(size))
 
 
+def test_a_broken_pool_is_an_error_not_wrong_answers():
+    grader = common.Grader(workers=1)
+    grader.pool.stop()
+    with pytest.raises(RuntimeError):
+        grader.grade([("2", "\\frac{4}{2}")])
+    grader.close()
+
+
 def test_a_pair_is_graded_once(grader, monkeypatch):
     grader.grade([("31", "31.0")])
     monkeypatch.setattr(grader.pool, "schedule", lambda *a, **k: pytest.fail("graded again"))
