@@ -1,41 +1,39 @@
-"""What the scripts share, in sections that can be copied one by one:
-
-    the loss                 dco_factor, dco_loss, completion_log_probs (each stands alone and needs only torch)
-    tokens and templates     prompts, completions, the collator, sampling
-    data                     problems from JSON lines or from a hub
-    refill                   which examples a step is made of (§5.1, App. B)
-    grading                  math-verify in child processes that can be killed
-    coverage                 pass@N from samples and exactly, with intervals
-    accelerate               processes, models, what is split over them
-    files                    output folders and checkpoints
+"""What the scripts share, in sections that can be copied one by one: the loss, tokens and templates, data, refill,
+grading, coverage, accelerate, files.
 
 Symbols as in the paper: x a problem, y its answer, p = p̂(y|x) the probability that the model gives to the whole answer,
 end-of-sequence token included; N samples at test time, N' in the training loss.
 """
 
-from __future__ import annotations
-
+import atexit
 import hashlib
 import json
+import logging
 import math
 import multiprocessing
 import os
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import accelerate
 import numpy as np
 import torch
+import transformers
+from safetensors import SafetensorError
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 
@@ -47,17 +45,11 @@ def refuse(message: str):
     raise SystemExit(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- The loss: each of these functions stands alone and needs only torch ---------------------------------------------
 def dco_loss(log_p: torch.Tensor, n: float) -> torch.Tensor:
     """ℓ_DCO^N = -log(1 - (1-p)^N), Eq. 3, from log p alone. N = 1 is cross-entropy.
-
     log_p: any shape, values in [-inf, 0]: the log-probability of each whole answer. n: N >= 1. Returns log_p's shape
-    and dtype, computed in float64; the gradient is -dco_factor(log_p, n).
-    """
+    and dtype, computed in float64; the gradient is -dco_factor(log_p, n)."""
 
     def log1mexp(x):  # log(1 - e^x) for x < 0, with all its digits at both ends; neither side of `where` makes a NaN
         near_zero = x > -0.693
@@ -77,10 +69,8 @@ def dco_loss(log_p: torch.Tensor, n: float) -> torch.Tensor:
 
 def dco_factor(log_p: torch.Tensor, n: float) -> torch.Tensor:
     """F(N, p) = N (1-p)^(N-1) p / (1 - (1-p)^N), Eq. 4: the DCO gradient is F times the cross-entropy gradient.
-
     log_p: any shape, values in [-inf, 0]. n: N >= 1. Returns log_p's shape and dtype, computed in float64, in [0, 1]:
-    1 for N = 1 and as p -> 0, 0 at p = 1 for N > 1. To weight a loss with it, detach it.
-    """
+    1 for N = 1 and as p -> 0, 0 at p = 1 for N > 1. To weight a loss with it, detach it."""
 
     def log1mexp(x):  # log(1 - e^x) for x < 0, with all its digits at both ends; neither side of `where` makes a NaN
         near_zero = x > -0.693
@@ -100,32 +90,21 @@ def dco_factor(log_p: torch.Tensor, n: float) -> torch.Tensor:
 
 def completion_log_probs(model, batch: dict) -> torch.Tensor:
     """log p̂(y|x) of each completion, its end-of-sequence token included: float32 [B], with the gradient.
-
     batch holds (see `collate`) input_ids, attention_mask, position_ids [B, T] and completion_ids, completion_mask
     [B, C], laid out as [pad … prompt][completion … pad]: all completions start at the same column, so the model is
-    asked for the logits of the last C + 1 columns only, and a vocabulary of 128k stays out of memory.
-    """
+    asked for the logits of the last C + 1 columns only, and a vocabulary of 128k stays out of memory."""
     width = batch["completion_ids"].shape[1]
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        logits_to_keep=width + 1,
-        use_cache=False,
-    ).logits
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits
     logits = logits[:, -width - 1 : -1].float()  # [B, C, V]; column t predicts completion token t
     chosen = logits.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
     token_log_probs = chosen - logits.logsumexp(-1)  # [B, C]
     return token_log_probs.masked_fill(~batch["completion_mask"], 0.0).sum(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens and templates
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Tokens and templates: prompts, completions, the collator, sampling ----------------------------------------------
 class Template(NamedTuple):
-    """How a row of the data becomes a prompt and a completion, and how an answer is read out of a completion."""
+    """How a row becomes a prompt and a completion, and how an answer is read out of a completion."""
 
     prompt: str
     completion: str
@@ -134,25 +113,20 @@ class Template(NamedTuple):
 
 def extract_boxed(text: str) -> str | None:
     """The content of the last \\boxed{…} with balanced braces, or None."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for i in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
+    _, boxed, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for i, character in enumerate(rest if boxed else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
-            return text[start + len("\\boxed{") : i].strip() or None
+            return rest[:i].strip() or None
     return None
 
 
 def extract_r1(text: str) -> str | None:
     """The answer of a completion in exactly the format asked for, `…</think> … <answer>…</answer>`, else None."""
-    if [text.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")] != [0, 1, 1, 1]:
-        return None
-    after_thought = text.partition("</think>")[2]
-    _, opened, rest = after_thought.partition("<answer>")
-    answer, closed, _ = rest.partition("</answer>")
-    return answer.strip() or None if opened and closed else None
+    parts = re.split("(</?think>|</?answer>)", text)  # text and tags by turns
+    in_order = parts[1::2] == ["</think>", "<answer>", "</answer>"]
+    return parts[4].strip() or None if in_order else None
 
 
 TEMPLATES = {
@@ -171,11 +145,13 @@ TEMPLATES = {
         extract_r1,
     ),
 }
+# The same without the preamble, of which the embedded model would make nothing but a longer sequence.
+TEMPLATES["r1-short"] = TEMPLATES["r1"]._replace(prompt="User: {problem}\nAssistant: <think>")
 
 
 @dataclass
 class Example:
-    """A tokenised row: the ids go to training and to sampling as they are, and are never made from a string again."""
+    """A tokenised row. Training and sampling take the ids as they are; they are never made from a string again."""
 
     id: int  # the row's number in its file
     prompt_ids: list[int]
@@ -215,9 +191,7 @@ def encode(rows: list[dict], tokenizer, template: str, max_length: int) -> tuple
 
 def collate(examples: list[Example], pad_id: int, device="cpu") -> dict:
     """Lay out [pad … prompt][completion … pad]; masks come from the lengths, since pad may be the same id as EOS.
-
-    -> input_ids, attention_mask, position_ids [B, T]; completion_ids, completion_mask [B, C].
-    """
+    -> input_ids, attention_mask, position_ids [B, T]; completion_ids, completion_mask [B, C]."""
     prompt_width = max(len(example.prompt_ids) for example in examples)
     completion_width = max(len(example.completion_ids) for example in examples)
     input_ids = torch.full((len(examples), prompt_width + completion_width), pad_id)
@@ -238,15 +212,9 @@ def collate(examples: list[Example], pad_id: int, device="cpu") -> dict:
 
 def neutral_generation_config(tokenizer, **settings):
     """Sampling from p̂ itself: no top-k (`generate` defaults to 50), no nucleus, no penalty, stop at EOS only."""
-    from transformers import GenerationConfig
-
     neutral = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": pad_token_id(tokenizer),
-    }
-    return GenerationConfig(**{**neutral, **ids, **settings})
+    neutral |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return transformers.GenerationConfig(**neutral | {"pad_token_id": pad_token_id(tokenizer)} | settings)
 
 
 def pad_token_id(tokenizer) -> int:
@@ -288,16 +256,21 @@ def read_answer(completion_ids: list[int], tokenizer, template: str) -> str | No
     return TEMPLATES[template].extract(text)
 
 
+def count_answers(completions: list, tokenizer, template: str) -> Counter:
+    """{answer: how many of a problem's completions end in it}; under None, those that have none."""
+    answers = Counter()
+    for token_ids, count in Counter(tuple(one.token_ids) for one in completions).items():
+        answers[read_answer(token_ids, tokenizer, template)] += count
+    return answers
+
+
 def seed_of(*parts) -> int:
     """A 31-bit seed from anything printable. Chunk j of a request uses seed_of(…) + 256 j: engines add a sample's
     number to the seed, so nearer seeds would share samples."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Data: problems from JSON lines or from a hub --------------------------------------------------------------------
 # Our field <- the names under which data sets carry it; the first that is there is taken.
 COLUMNS = {
     "problem": ("problem", "Problem", "question"),
@@ -305,15 +278,14 @@ COLUMNS = {
     "solution": ("solution", "Solution"),
     "level": ("level", "Level"),
 }
+HUB_NAME = re.compile(r"[^./~][^/]*/[^/]*")  # owner/name, of a data set or of a model; no path
 
 
 def load_problems(data: str, split: str, required: bool = True) -> list[dict]:
     """-> rows {"id", "source", "problem", "answer"} and, where known, "solution", "level" (an int).
-
     data: a folder with {split}.jsonl, a file of JSON lines, or the name of a data set on the hub. A missing split
     gives [] unless `required`. Bad rows end the script with the file, the line and the field; but an empty answer in up
-    to one row of a thousand (MATH has two in 12,000) is left to `encode`, which drops and counts it.
-    """
+    to one row of a thousand (MATH has two in 12,000) is left to `encode`, which drops and counts it."""
     path = Path(data)
     if path.is_dir():
         path = path / f"{split}.jsonl"
@@ -322,7 +294,7 @@ def load_problems(data: str, split: str, required: bool = True) -> list[dict]:
         found = read_json_lines(path)
     elif path.is_file():
         found = read_json_lines(path) if required else []
-    elif data.count("/") == 1 and not data.startswith((".", "/", "~")):
+    elif HUB_NAME.fullmatch(data):
         found = read_hub(data, split, required)
     else:
         refuse(f"--data {data} is not a folder, a file of JSON lines or the name of a data set on the hub")
@@ -330,13 +302,12 @@ def load_problems(data: str, split: str, required: bool = True) -> list[dict]:
     for i, (source, raw) in enumerate(found):
         row = {"id": i, "source": source}
         for field, names in COLUMNS.items():
-            value = next((raw[name] for name in names if raw.get(name) is not None), None)
-            if value is not None:
-                row[field] = str(value)
+            values = [str(raw[name]) for name in names if raw.get(name) is not None]
+            row |= {field: values[0]} if values else {}
         for field in ("problem", "answer"):
             if not row.get(field, "").strip():
                 told = f"{source}: field {field!r} is missing or empty; every row needs a problem and an answer"
-                if row.get(field) is None or field == "problem":
+                if field == "problem" or field not in row:
                     refuse(told)
                 unanswered.append(told)
         if "level" in row:
@@ -349,9 +320,8 @@ def load_problems(data: str, split: str, required: bool = True) -> list[dict]:
     return rows
 
 
-def read_json_lines(path: Path) -> list[tuple[str, dict]]:
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
     """-> ("file:line", object) for each line that is not blank."""
-    found = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
@@ -361,8 +331,7 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
             refuse(f"{path}:{number}: not JSON ({error}); each line must be one object")
         if not isinstance(value, dict):
             refuse(f"{path}:{number}: not a JSON object but {type(value).__name__}")
-        found.append((f"{path}:{number}", value))
-    return found
+        yield f"{path}:{number}", value
 
 
 def read_hub(name: str, split: str, required: bool) -> list[tuple[str, dict]]:
@@ -388,11 +357,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Refill
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Refill: which examples a step is made of (§5.1, App. B) ---------------------------------------------------------
 @dataclass
 class Step:
     """The examples of one optimizer step, in stream order, and what was measured of every candidate looked at."""
@@ -404,22 +369,18 @@ class Step:
 
 class Refill:
     """Cuts the stream of candidates into steps of examples that matter (§5.1: "replaced with new training examples").
-
-    A step is the first `batch_size` candidates of the stream that `accept` lets in under that step's weights. Neither
-    the number of processes, nor the micro-batch, nor the way of computing changes which these are. The stream is a
-    fresh permutation each epoch; it goes on right after the last candidate used. Accepted candidates that fill no
-    step by the end of an epoch lead the next one (and are struck out of it further down); those of the last epoch
-    make a short step.
+    A step is the first `batch_size` candidates that `accept` lets in under that step's weights, whatever the number of
+    processes, the micro-batch and the way of computing. The stream is a fresh permutation each epoch and goes on right
+    after the last candidate used. Accepted candidates that fill no step by the end of an epoch lead the next one (and
+    are struck out of it further down); those of the last epoch make a short step.
 
     There are two ways to compute a step: score the candidates without gradient first, then train on the accepted (a
     candidate costs 1 + k·a forwards, a the share accepted, k the cost of forward and backward in forwards), or train
     straight, with the rejected contributing zero (k). The cheaper one changes at a = (k-1)/k and is chosen anew each
-    round from the share seen in this step and the one before.
-    """
+    round from the share seen in this step and the one before."""
 
     def __init__(self, size, batch_size, accept, seed, processes=1, micro_batch_size=8, backward_cost=3):
-        """accept: values [n] -> bool [n]; None lets every candidate in, unscored. backward_cost: k, None to always
-        score first."""
+        """accept: values [n] -> bool [n], None lets every one in unscored. backward_cost: k, None scores always."""
         self.size, self.batch_size, self.accept, self.seed = size, batch_size, accept, seed
         self.processes, self.micro_batch_size, self.k = processes, micro_batch_size, backward_cost
         self.epoch, self.position, self.order, self.leftovers = 0, 0, [], []
@@ -429,23 +390,20 @@ class Refill:
         self.epoch, self.position, self.last_epoch = self.epoch + 1, 0, last
         generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", self.epoch))
         permutation = torch.randperm(self.size, generator=generator).tolist()
-        placed = set(self.leftovers)
-        self.order = self.leftovers + [i for i in permutation if i not in placed]
+        self.order = list(dict.fromkeys(self.leftovers + permutation))
         self.leftovers = []
 
     def next_step(self, score, train, discard) -> Step | None:
         """Compute the gradients of the next step; None at the end of the epoch.
-
         score(ids) -> values [len(ids)], without gradient.
-        train(ids, room, count, chosen) -> values [len(ids)]: adds to the gradients those of the mean over `count`
-            examples, from all `ids` if chosen, else from the first `room` that `accept` lets in. The call in which
-            the number of examples reaches `room` is the last one of the step.
-        discard() throws away the gradients added so far.
-        """
+        train(ids, room, count, chosen) -> values [len(ids)]: adds the gradients of the mean over `count` examples, from
+            all `ids` if chosen, else from the first `room` that `accept` lets in. The call that fills `room` is the
+            last one of the step.
+        discard() throws away the gradients added so far."""
         accepted, values, trained, start = [], [], 0, self.position
         while len(accepted) < self.batch_size and self.position < len(self.order):
             room = self.batch_size - len(accepted)
-            rate = self.accept_rate(len(accepted), self.position - start)
+            rate = (self.recent[0] + len(accepted) + 1) / (self.recent[1] + self.position - start + 1)
             if self.accept is None:
                 ids = self.order[self.position : self.position + room]
                 kept = range(len(ids))
@@ -475,9 +433,6 @@ class Refill:
                 values.append(found)
         return Step(accepted, candidates, torch.cat(values)[:candidates]) if accepted else None
 
-    def accept_rate(self, accepted, candidates):
-        return (self.recent[0] + accepted + 1) / (self.recent[1] + candidates + 1)
-
     def straight_pays(self, room, rate):
         """Where the rest of an epoch may not fill the step (expected less a standard deviation), score first."""
         if self.k is None or rate <= (self.k - 1) / self.k:
@@ -488,18 +443,16 @@ class Refill:
     def round_size(self, room, rate, straight):
         """How many candidates to look at next: hardly ever more than the step will turn out to need (two standard
         deviations under the number expected), but no rounds so small that their number would cost more."""
-        expected = room / rate - 2 * math.sqrt(room * (1 - rate)) / rate
-        wanted = math.ceil(max(room, expected, 0.02 * self.batch_size / rate))
+        spread = 2 * math.sqrt(room * (1 - rate)) / rate
+        if self.k is None:  # scoring is sampling, which wants to be one call: nearly always as many as will do
+            return math.ceil(room / rate + spread)
+        wanted = math.ceil(max(room, room / rate - spread, 0.02 * self.batch_size / rate))
         wanted = math.ceil(wanted / self.processes) * self.processes
         # Without activations to keep, four micro-batches fit where one is trained.
         return min(wanted, self.processes * self.micro_batch_size * (1 if straight else 4))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Grading
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Grading: math-verify in child processes that can be killed ------------------------------------------------------
 INTEGER = re.compile(r"-?[0-9]{1,18}")
 NUMBER = re.compile(r"-?[0-9][0-9,]*(\.[0-9]+)?")
 BASED = re.compile(r"(\w+)_\{?([0-9]+)\}?")  # 1001_2, a number with its base
@@ -513,32 +466,31 @@ def plain(answer: str) -> str:
 
 
 def textual(answer: str) -> str:
-    """An answer for comparison as a string: no \\text{} around it, no white space but between two words or numbers."""
-    answer = plain(answer)
-    if answer.startswith("\\text{") and answer.endswith("}") and answer.count("{") == 1:
-        answer = answer[len("\\text{") : -1]
+    """A plain answer for comparison as a string: no \\text{} around it, no white space but between words or numbers."""
+    answer = re.sub(r"\A\\text\{([^{]*)\}\Z", r"\1", answer)
     return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", " ".join(answer.split()))
 
 
-def is_refused(gold: str, prediction: str) -> bool:
-    """Whether math-verify's lenience would take for right what is not: it evaluates 28-29 to -1, so that copying a
-    problem would solve it, takes the last part of a chain of equations, and leaves out a number's base."""
+def verdict_at_sight(gold: str, prediction: str) -> bool | None:
+    """The verdict where it takes no algebra, and where math-verify's lenience would take for right what is not: it
+    evaluates 28-29 to -1, so that copying a problem would solve it, takes the last part of a chain of equations, and
+    leaves out a number's base. None where math-verify is to decide."""
     gold, prediction = plain(gold), plain(prediction)
-    if "$" in prediction:  # several formulas
-        return True
-    bases = BASED.fullmatch(gold.replace(" ", "")), BASED.fullmatch(prediction.replace(" ", ""))
-    if bases[1]:
-        return not bases[0] or bases[0].groups() != bases[1].groups()
-    return bool(NUMBER.fullmatch(gold) and UNEVALUATED.search(prediction))
+    gold_based, based = (BASED.fullmatch(answer.replace(" ", "")) for answer in (gold, prediction))
+    if based and (not gold_based or gold_based.groups() != based.groups()):
+        return False
+    if "$" in prediction or (NUMBER.fullmatch(gold) and UNEVALUATED.search(prediction)):  # $: several formulas
+        return False
+    if INTEGER.fullmatch(gold) and INTEGER.fullmatch(prediction):  # most of what is sampled
+        return int(gold) == int(prediction)
+    return True if textual(gold) == textual(prediction) else None
 
 
 def bound_memory(megabytes: int):
     """Runs first in each grading process: what it does from now on may take so much memory and no more."""
-    import logging
-
     import math_verify  # noqa: F401  (not in the time of the first answer)
 
-    logging.disable(logging.CRITICAL)  # it logs every text that it cannot read
+    logging.disable(logging.CRITICAL)  # math-verify logs every text that it cannot read
     resource.setrlimit(resource.RLIMIT_DATA, (megabytes << 20, megabytes << 20))
 
 
@@ -554,10 +506,8 @@ def is_right(gold: str, prediction: str) -> bool:
 
 class Grader:
     """The one judge of answers, for p̂, rewards and evaluation alike: math-verify, cached by (gold, prediction).
-
     seconds: a pair that takes longer is wrong. megabytes: memory of one grading process. max_characters: a longer
-    prediction is wrong unread. What is graded is untrusted: it can cost no more than these.
-    """
+    prediction is wrong unread. What is graded is untrusted: it can cost no more than these."""
 
     def __init__(self, workers: int = 2, seconds: float = 3.0, megabytes: int = 2048, max_characters: int = 2000):
         if find_spec("math_verify") is None:
@@ -576,17 +526,13 @@ class Grader:
     def grade(self, pairs: list[tuple[str, str | None]]) -> list[bool]:
         """Verdicts of (gold, prediction) pairs, in their order; a prediction of None is wrong."""
         futures = {}
-        for gold, prediction in dict.fromkeys(pairs):
-            if (gold, prediction) in self.verdicts:
-                continue
-            if prediction is None or len(prediction) > self.max_characters or is_refused(gold, prediction):
-                self.verdicts[gold, prediction] = False
-            elif textual(gold) == textual(prediction):
-                self.verdicts[gold, prediction] = True
-            elif INTEGER.fullmatch(plain(gold)) and INTEGER.fullmatch(plain(prediction)):  # most of what is sampled
-                self.verdicts[gold, prediction] = int(plain(gold)) == int(plain(prediction))
-            else:
+        for gold, prediction in dict.fromkeys(pair for pair in pairs if pair not in self.verdicts):
+            unread = prediction is None or len(prediction) > self.max_characters
+            verdict = False if unread else verdict_at_sight(gold, prediction)
+            if verdict is None:
                 futures[gold, prediction] = self.pool.schedule(is_right, [gold, prediction], timeout=self.seconds)
+            else:
+                self.verdicts[gold, prediction] = verdict
         for pair, future in futures.items():
             # An exception is a text that breaks the parser, a time-out or a process that it killed: not a right answer.
             self.verdicts[pair] = future.exception() is None and future.result()
@@ -594,22 +540,23 @@ class Grader:
             raise RuntimeError("the grading processes cannot be started any more")
         return [self.verdicts[pair] for pair in pairs]
 
+    def count_right(self, golds: list[str], answers: list[Counter]) -> list[int]:
+        """How many samples of each problem are right, in whatever way they write it. answers: see `count_answers`."""
+        self.grade([(gold, answer) for gold, counts in zip(golds, answers, strict=True) for answer in counts])
+        return [
+            sum(count for answer, count in counts.items() if self.verdicts[gold, answer])
+            for gold, counts in zip(golds, answers, strict=True)
+        ]
+
     def close(self):
         self.pool.stop()
         self.pool.join()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Coverage
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Coverage: pass@N from samples and exactly -----------------------------------------------------------------------
 def pass_at_n(n: int, c, k: int) -> np.ndarray:
-    """The unbiased estimate 1 - C(n-c, k) / C(n, k) of pass@k (Eq. 2) from n samples of which c were right.
-
-    c: an int or an array of them. Exact products, no binomials: right for n to 1e5. k > n is refused, since no
-    unbiased estimate exists.
-    """
+    """The unbiased estimate 1 - C(n-c, k) / C(n, k) of pass@k (Eq. 2) from n samples of which c (an int or an array)
+    were right. Exact products, no binomials: right for n to 1e5. k > n is refused: no unbiased estimate exists."""
     if k > n:
         raise ValueError(f"pass@{k} cannot be estimated from {n} samples: draw at least {k}")
     c = np.asarray(c)
@@ -619,20 +566,22 @@ def pass_at_n(n: int, c, k: int) -> np.ndarray:
     return 1 - all_wrong[c]
 
 
-def bootstrap_interval(values, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap of the mean over problems: how much it would move with another draw of the test set."""
-    values = np.asarray(values, dtype=float)
-    generator = np.random.default_rng(seed)
-    means = values[generator.integers(len(values), size=(resamples, len(values)))].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def sampled_summary(accelerator, sampler, tokenizer, grader, examples, golds, args) -> dict:
+    """pass@1/16/64 and the mean share of the most frequent answer (Table 3, Figure 3), from args.eval_n samples.
+    golds: the right answers of the examples. grader: the main process's."""
+    n, seeds = args.eval_n, [seed_of(args.seed, "evaluation", example.id) for example in examples]
+    found = sampler.generate([example.prompt_ids for example in examples], n, args.max_new_tokens, seeds)
 
+    def measure():
+        answers = [count_answers(completions, tokenizer, args.template) for completions in found]
+        right = grader.count_right(golds, answers)
+        modes = [
+            max([count for answer, count in counts.items() if answer is not None], default=0) for counts in answers
+        ]
+        coverage = {f"pass@{k}": float(pass_at_n(n, right, k).mean()) for k in (1, 16, 64) if k <= n}
+        return coverage | {"mode_confidence": float(np.mean(modes)) / n}
 
-def sampling_error(n: int, c, k: int, resamples: int = 500, seed: int = 0) -> float:
-    """Standard error of mean pass@k with the problems fixed (the ± of Table 3): a parametric bootstrap over samples."""
-    c = np.asarray(c)
-    redrawn = np.random.default_rng(seed).binomial(n, c / n, size=(resamples, len(c)))
-    return float(pass_at_n(n, redrawn, k).mean(1).std())
+    return on_main(accelerator, measure)
 
 
 def exact_pass_at_n(log_p, n: int) -> np.ndarray:
@@ -662,25 +611,12 @@ def log_probs_of(model, examples: list[Example], accelerator, pad_id: int, batch
 
 def greedy_completions(model, tokenizer, examples: list[Example], accelerator, max_new_tokens: int, batch_size: int):
     """-> each example with its completion replaced by the greedy one, in order, on every process."""
-    from accelerate.utils import gather_object
-
-    found, processes, unwrapped = [], accelerator.num_processes, accelerator.unwrap_model(model)
-    for i in range(0, len(examples), batch_size * processes):
-        part = examples[i : i + batch_size * processes]
-        prompts = [example.prompt_ids for example in split_evenly(part, accelerator)]
-        completions = [ids for (ids,) in generate(unwrapped, tokenizer, prompts, 1, max_new_tokens, seed=None)]
-        if processes > 1:  # process by process, as in `gather_in_order`
-            gathered, share = gather_object(completions), len(prompts)
-            completions = [gathered[j % processes * share + j // processes] for j in range(len(part))]
-        found += [Example(e.id, e.prompt_ids, ids) for e, ids in zip(part, completions, strict=True)]
-    return found
+    live = LiveModel(accelerator, model, tokenizer, batch_size)
+    found = live.generate([example.prompt_ids for example in examples], 1, max_new_tokens)
+    return [Example(e.id, e.prompt_ids, one.token_ids) for e, (one,) in zip(examples, found, strict=True)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Accelerate
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Accelerate: processes, models, what is split over them ----------------------------------------------------------
 def defaults_for_this_machine(model: str | None, data: str | None) -> tuple[str, str]:
     """What --model and --data mean when left out: the paper's on a GPU, the embedded ones without."""
     cuda, taken = torch.cuda.is_available(), []
@@ -701,7 +637,15 @@ def relative(path: Path) -> str:
 
 
 def is_example(model: str) -> bool:
-    return Path(model).resolve().is_relative_to(EXAMPLES)
+    """Whether it is a model of examples/ or was trained from one."""
+    return Path(base_of(model)).resolve().is_relative_to(EXAMPLES)
+
+
+def base_of(model: str) -> str:
+    """The model with which a checkpoint's training began; any other model is its own."""
+    record = Path(model) / "dco.json"
+    own = os.path.abspath(model) if Path(model).is_dir() else model
+    return json.loads(record.read_text()).get("base", own) if record.is_file() else own
 
 
 def zero_config(stage: int, clip: float, micro_batch_size: int) -> dict:
@@ -721,13 +665,9 @@ def make_accelerator(
     report_to: str = "none", out: Path | None = None, zero: int = 0, clip=1.0, micro_batch_size=1, patience_minutes=30
 ):
     """The Accelerator, and a check that as many processes met as were launched: apart, they would train apart.
-
-    patience_minutes: how long a process waits for the others before it gives up.
-    """
-    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
-
+    patience_minutes: how long a process waits for the others before it gives up."""
     cuda, launched = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
-    backend, timeout = "nccl" if cuda else "gloo", timedelta(minutes=patience_minutes)
+    together = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(minutes=patience_minutes)}
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # it would divide every loss once more
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, in the middle of the progress bar
@@ -738,14 +678,15 @@ def make_accelerator(
             refuse(f"{name} is asked for but not installed: pip install {name}")
     if zero and "RANK" not in os.environ:
         refuse(f"--zero {zero} splits a model over processes: start them with accelerate launch or torchrun")
-    accelerator = Accelerator(
+    split = zero_config(zero, clip, micro_batch_size)
+    accelerator = accelerate.Accelerator(
         cpu=not cuda and not zero,  # cpu=True would switch DeepSpeed off
         mixed_precision="bf16" if cuda else "no",
         log_with=None if report_to == "none" else report_to,
         project_dir=out,
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero_config(zero, clip, micro_batch_size)) if zero else None,
+        deepspeed_plugin=accelerate.DeepSpeedPlugin(hf_ds_config=split) if zero else None,
         # Without it, DeepSpeed's processes on a CPU each believe that they are alone.
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)] if launched > 1 else [],
+        kwargs_handlers=[accelerate.InitProcessGroupKwargs(**together)] if launched > 1 else [],
     )
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED"):
@@ -785,13 +726,10 @@ def end(accelerator):
 
 
 def load_tokenizer(model: str):
-    import transformers
-    from transformers import AutoTokenizer
-
     transformers.logging.set_verbosity_error()  # its warnings are about flags that we set on purpose
     transformers.logging.disable_progress_bar()
-    check_model_name(model)
-    tokenizer = from_hub_or_folder(AutoTokenizer.from_pretrained, model)
+    check_model(model)
+    tokenizer = from_hub_or_folder(transformers.AutoTokenizer, model)
     if tokenizer.eos_token_id is None:
         refuse(f"{model}: the tokenizer has no end-of-sequence token, which has to close every completion")
     return tokenizer
@@ -800,12 +738,8 @@ def load_tokenizer(model: str):
 def load_config(model: str):
     """The model's configuration, dropout off: p is that of the model which is going to be sampled, and the same in
     every forward of a step."""
-    from transformers import AutoConfig
-
-    config = from_hub_or_folder(AutoConfig.from_pretrained, model)
-    for name, value in vars(config).items():
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
+    config = from_hub_or_folder(transformers.AutoConfig, model)
+    config.update({name: 0.0 for name, value in vars(config).items() if "drop" in name and isinstance(value, float)})
     return config
 
 
@@ -816,52 +750,42 @@ def longest_context(model: str) -> int:
 
 def load_model(model: str, tokenizer, dtype=torch.float32, seed: int = 0, accelerator=None, **settings):
     """-> (model, whether it was initialised from scratch because its folder holds no weights).
-
-    accelerator: needed under ZeRO-3 only, where pretrained weights are split over the processes as they are read.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations import unset_hf_deepspeed_config
-
-    config, scratch = load_config(model), not holds_weights(model)
+    accelerator: needed under ZeRO-3 only, where pretrained weights are split over the processes as they are read."""
+    config, scratch = load_config(model), not check_model(model)
     if scratch:
         torch.manual_seed(seed)
         split = accelerator.state.deepspeed_plugin if accelerator else None
         if split:  # initialised in shares, each process would draw other weights: they are split afterwards
-            unset_hf_deepspeed_config()
-        loaded = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            transformers.integrations.unset_hf_deepspeed_config()
+        loaded = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         if split:
             split.set_deepspeed_weakref()
     else:
         settings |= {"config": config, "dtype": dtype, "use_safetensors": True}
-        loaded = from_hub_or_folder(AutoModelForCausalLM.from_pretrained, model, **settings)
+        loaded = from_hub_or_folder(transformers.AutoModelForCausalLM, model, **settings)
     loaded.generation_config = neutral_generation_config(tokenizer)
     return loaded, scratch
 
 
-def holds_weights(model: str) -> bool:
-    """False for a folder with a configuration only; hub names are taken to hold some."""
+def check_model(model: str) -> bool:
+    """Refuse what is no model. -> whether it has weights: not a folder with a configuration only; hub names have."""
     folder = Path(model)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+    if not folder.is_dir():
+        if not HUB_NAME.fullmatch(model):
+            refuse(f"{model}: there is no such folder")
+        return True
+    if not (folder / "config.json").is_file():
+        refuse(f"{model}: the folder has no config.json, so it is not a Hugging Face checkpoint")
+    if any(folder.glob("*.safetensors")):
         return True
     for other in [*folder.glob("*.bin"), *folder.glob("*.pt*"), *folder.glob("*.index.json")]:
         refuse(f"{model} holds {other.name} but no *.safetensors: convert the weights, pickles are not loaded")
     return False
 
 
-def check_model_name(model: str):
-    looks_like_a_path = model.count("/") != 1 or model.startswith((".", "/", "~"))
-    if Path(model).is_dir():
-        if not (Path(model) / "config.json").is_file():
-            refuse(f"{model}: the folder has no config.json, so it is not a Hugging Face checkpoint")
-    elif looks_like_a_path:
-        refuse(f"{model}: there is no such folder")
-
-
-def from_hub_or_folder(load, model: str, **settings):
-    from safetensors import SafetensorError
-
+def from_hub_or_folder(kind, model: str, **settings):
     try:
-        return load(model, **settings)
+        return kind.from_pretrained(model, **settings)
     except (OSError, ValueError, SafetensorError) as error:  # gated, missing, offline, broken
         if Path(model).is_dir():
             refuse(f"{model} cannot be loaded: {first_line(error)}")
@@ -880,15 +804,60 @@ def split_evenly(items: list, accelerator) -> list:
 
 def gather_in_order(values: torch.Tensor, count: int, accelerator) -> torch.Tensor:
     """The inverse of `split_evenly` for one value an item: [share] on each process -> [count] on all of them."""
-    gathered = accelerator.gather(values.detach())  # process by process
-    return gathered.view(accelerator.num_processes, -1).T.reshape(-1)[:count]
+    by_process = accelerator.gather(values.detach()).view(accelerator.num_processes, -1)
+    return by_process.T.reshape(-1)[:count]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
+def gather_objects_in_order(objects: list, count: int, accelerator) -> list:
+    """The same for anything that can be pickled."""
+    gathered, share, processes = accelerate.utils.gather_object(objects), len(objects), accelerator.num_processes
+    return [gathered[i % processes * share + i // processes] for i in range(count)]
 
 
+def on_main(accelerator, compute, *inputs):
+    """compute(*inputs) on the main process, once all have come so far; its result on all. What it raises ends all."""
+    if accelerator.num_processes == 1:
+        return compute(*inputs)
+    group, outcome = waiting_group(), [None, False]
+    torch.distributed.barrier(group)
+    try:
+        outcome = [compute(*inputs), False] if accelerator.is_main_process else outcome
+    except Exception:
+        torch.distributed.broadcast_object_list([None, True], 0, group)
+        raise
+    torch.distributed.broadcast_object_list(outcome, 0, group)
+    if outcome[1]:
+        raise SystemExit(1)  # the main process says why
+    return outcome[0]
+
+
+@cache
+def waiting_group():
+    """Processes that have nothing to do wait over Gloo: in NCCL they would keep their GPUs busy, which engines need."""
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def process_group(store, name: str, device: str, rank: int, size: int, minutes: float):
+    """A group beside the default one, of processes that meet at `store`."""
+    kind = torch.distributed.ProcessGroupNCCL if device == "cuda" else torch.distributed.ProcessGroupGloo
+    return kind(torch.distributed.PrefixStore(name, store), rank, size, timedelta(minutes=minutes))
+
+
+def gpu_of(device: torch.device) -> str | None:
+    """A GPU's name, the same in all processes that see it."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+def whole(weight):
+    """In this context a weight that ZeRO-3 has split is whole, on every process."""
+    if not hasattr(weight, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight])
+
+
+# ---- Files: output folders and checkpoints ---------------------------------------------------------------------------
 RUN_FILES = ("args.json", "metrics.jsonl", "epochs.jsonl", "state")
 
 
@@ -946,3 +915,288 @@ def save_checkpoint(accelerator, model, tokenizer, folder: Path, record: dict):
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     accelerator.wait_for_everyone()
+
+
+# ---- Engines: what samples, in training and in evaluation ------------------------------------------------------------
+class Completion(NamedTuple):
+    token_ids: list[int]  # they end with the end-of-sequence token, or else it was the limit that stopped them
+    log_prob: float | None  # as the engine sees it: to be compared only, p for DCO is always the trainer's
+
+
+class LiveModel:
+    """Samples by `model.generate`: slower than an engine, but nothing to install and no weights to hand over."""
+
+    def __init__(self, accelerator, model, tokenizer, sequences=512):
+        """sequences: how many a process computes at once, fewer where they would hold more than 2^16 tokens."""
+        self.accelerator, self.model, self.tokenizer = accelerator, accelerator.unwrap_model(model), tokenizer
+        self.sequences = sequences
+
+    def generate(self, prompts, n: int, max_new_tokens: int, seeds=None, temperature=1.0) -> list[list[Completion]]:
+        """n completions of each prompt, on every process. seeds: one a prompt (see `seed_of`); None is greedy."""
+        longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
+        fits = max(1, min(self.sequences, 2**16 // longest))
+        together, found = max(1, fits // n) * self.accelerator.num_processes, []
+        for first in range(0, len(prompts), together):  # all processes make the same calls: ZeRO-3 needs them all
+            part = prompts[first : first + together]
+            share, drawn = split_evenly(part, self.accelerator), []
+            mine = min(first + self.accelerator.process_index, len(prompts) - 1)
+            for start in range(0, n, fits):
+                seed = None if seeds is None else seeds[mine] + start
+                now = min(fits, n - start)
+                drawn.append(generate(self.model, self.tokenizer, share, now, max_new_tokens, seed, temperature))
+            joined = [[token_ids for piece in pieces for token_ids in piece] for pieces in zip(*drawn, strict=True)]
+            found += gather_objects_in_order(joined, len(part), self.accelerator)
+        return [[Completion(token_ids, None) for token_ids in completions] for completions in found]
+
+    def update_weights(self, model):
+        """The weights that it samples from are the model's own."""
+
+    def shut_down(self):
+        """There is nothing to end."""
+
+
+class VLLMEngines:
+    """vLLM engines, each in a Ray actor of its own: on the GPUs of the training processes but isolated from them, which
+    never import vLLM (App. B). RAY_ADDRESS names the cluster; without it one is started here, and ended again. All
+    methods without an underscore are called on every process."""
+
+    def __init__(
+        self, accelerator, checkpoint, tokenizer, max_length, logs, model=None, memory=0.3, gpus=1, patience_minutes=60
+    ):
+        """checkpoint: folder or hub name, for the architecture, and for the weights unless `model` is there to give its
+        own. max_length: tokens of prompt and completion. logs: folder for engine-<i>.log. memory: share of each GPU's
+        memory. gpus: GPUs an engine. patience_minutes: the limit of every wait for an engine."""
+        self.accelerator, self.eos, self.logs = accelerator, tokenizer.eos_token_id, Path(logs).absolute()
+        self.engines, self.cuda, self.patience_minutes = [], accelerator.device.type == "cuda", patience_minutes
+        settings = {
+            "model": checkpoint,
+            "dtype": "bfloat16" if self.cuda else "float32",
+            "max_model_len": max_length,
+            "skip_tokenizer_init": True,  # token ids go in and come out
+            "generation_config": "vllm",  # not the checkpoint's, which may ask for top-k or a temperature
+            "load_format": "dummy" if model else "auto",
+            "enforce_eager": not self.cuda,
+            "worker_extension_cls": f"{__name__}.WeightReceiver",
+        }
+        if self.cuda:
+            settings |= {"gpu_memory_utilization": memory, "tensor_parallel_size": gpus}
+        else:  # a prompt cut in two would need a seeded generator that can go back, which a CPU's cannot
+            settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_length)}
+        on_main(accelerator, self._spawn, settings, gpus)
+        if model:
+            self._connect(model)
+            self.update_weights(model)
+
+    def _spawn(self, settings, gpus):
+        import ray
+
+        path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        variables = {
+            "PYTHONPATH": os.pathsep.join(path),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process between the actor and its engine
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
+        address = os.environ.get("RAY_ADDRESS", "local")
+        local = {"include_dashboard": False, "object_store_memory": 1 << 30} if address == "local" else {}
+        ray.init(address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": variables}, **local)
+        atexit.register(self.shut_down)  # also after an exception or Ctrl-C; and when a launcher ends this process:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        there = int(ray.cluster_resources().get("GPU", 0))
+        if self.cuda and there < gpus:
+            raise RuntimeError(f"Ray finds {there} GPUs and an engine is to have {gpus}: --gpus-per-engine")
+        actor = ray.remote(Engine).options(num_cpus=0, num_gpus=gpus if self.cuda else 0)
+        count = there // gpus if self.cuda else 1
+        self.engines = [actor.remote(self.logs / f"engine-{i}.log", settings) for i in range(count)]
+        answers = self._wait([engine.ask.remote("gpu") for engine in self.engines], "starting")
+        self.gpus = [gpu for answer in answers for gpu in answer]
+
+    def _wait(self, calls, doing):
+        """What the engines answer; if one fails or is too slow, an error that says at what, with its last lines."""
+        import ray
+
+        try:
+            return ray.get(calls, timeout=60 * self.patience_minutes)
+        except ray.exceptions.GetTimeoutError:
+            why = f"no answer of the engines within {self.patience_minutes} minutes while {doing}"
+        except ray.exceptions.RayError as error:
+            why = f"an engine failed while {doing}: {str(error).strip().splitlines()[-1][:300]}"
+        for log in sorted(self.logs.glob("engine-*.log")):
+            lines = [line[:300] for line in log.read_text(errors="replace").splitlines()[-15:]]
+            why += "\n".join([f"\n--- the end of {log}", *lines])
+        raise RuntimeError(why)
+
+    def generate(self, prompts, n: int, max_new_tokens: int, seeds=None, temperature=1.0) -> list[list[Completion]]:
+        """n completions of each prompt, on every process. seeds: one a prompt (see `seed_of`); None is greedy.
+        More than 256 of a prompt are drawn in pieces: an engine gives sample i of a piece the seed + i."""
+        if seeds is None:
+            seeds, temperature = [0] * len(prompts), 0.0
+        pieces = [(first, min(256, n - first)) for first in range(0, n, 256)]
+        pairs = list(zip(prompts, seeds, strict=True))
+        requests = [(prompt, now, seed + first) for prompt, seed in pairs for first, now in pieces]
+        found = on_main(self.accelerator, self._sample, requests, max_new_tokens, temperature)
+        return [found[i : i + n] for i in range(0, len(found), n)]
+
+    def _sample(self, requests, max_new_tokens, temperature):
+        shares = [requests[i :: len(self.engines)] for i in range(len(self.engines))]
+        how, calls = (max_new_tokens, temperature, self.eos), []
+        for engine, share in zip(self.engines, shares, strict=True):
+            calls.append(engine.generate.remote(share, *how))
+        found = [None] * len(requests)
+        for i, (lengths, token_ids, log_probs) in enumerate(self._wait(calls, "sampling")):
+            pieces = np.split(token_ids, np.cumsum(lengths)[:-1])
+            drawn = iter([Completion(ids.tolist(), log_prob) for ids, log_prob in zip(pieces, log_probs, strict=True)])
+            found[i :: len(shares)] = [[next(drawn) for _ in range(n)] for _, n, _ in shares[i]]
+        return [completion for completions in found for completion in completions]
+
+    def _connect(self, model):
+        """Lay out a buffer through which all weights pass, a few at a time. An engine on a GPU with a training process
+        opens that process's buffer (CUDA IPC); to others the main process broadcasts it (NCCL; on CPUs Gloo)."""
+        # Not named_parameters(): it leaves out a head that is tied to the embedding, and the engine would keep its own.
+        weights = self.accelerator.unwrap_model(model).state_dict(keep_vars=True)
+        shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in weights.items()}
+        room = max(1 << 28, *(math.prod(shape) for shape in shapes.values()))
+        self.layout, end = [[]], 0  # chunks that fill the buffer: (name, shape, first, last)
+        for name, shape in shapes.items():
+            if end + math.prod(shape) > room:
+                self.layout, end = [*self.layout, []], 0
+            self.layout[-1].append((name, shape, end, end := end + math.prod(shape)))
+        size, dtype = max(chunk[-1][-1] for chunk in self.layout), torch.bfloat16 if self.cuda else torch.float32
+        self.buffer = torch.empty(size, dtype=dtype, device=self.accelerator.device)
+        handle = {gpu_of(self.buffer.device): reduce_tensor(self.buffer)[1]} if self.cuda else {}
+        handles = gather_objects_in_order([handle], self.accelerator.num_processes, self.accelerator)
+        on_main(self.accelerator, self._meet, {gpu: each[gpu] for each in handles for gpu in each})
+
+    def _meet(self, handles):
+        import ray
+
+        size, minutes = 1 + len(self.gpus), self.patience_minutes  # of the group: this process has rank 0
+        apart = [1 + i for i, gpu in enumerate(self.gpus) if gpu not in handles]
+        host, each = ray.util.get_node_ip_address(), len(self.gpus) // len(self.engines)
+        self.store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        where = (host, self.store.port, size, self.buffer.numel(), handles, apart, minutes)
+        calls = [engine.ask.remote("connect", 1 + i * each, *where) for i, engine in enumerate(self.engines)]
+        self.control = process_group(self.store, "control", "cpu", 0, size, minutes)
+        self.data = process_group(self.store, "data", self.buffer.device.type, 0, 1 + len(apart), minutes)
+        self._wait(calls, "connecting")
+
+    def update_weights(self, model):
+        """From now on, sample with the weights that `model` has now."""
+        weights = self.accelerator.unwrap_model(model).state_dict(keep_vars=True)
+        for i, chunk in enumerate(self.layout):
+            for name, shape, first, last in chunk:
+                with whole(weights[name]):
+                    self.buffer[first:last].view(shape).copy_(weights[name].detach())
+            if self.cuda:
+                torch.cuda.synchronize()
+            on_main(self.accelerator, self._hand_over, i == 0, i == len(self.layout) - 1)
+
+    def _hand_over(self, first, last):
+        if first:
+            self.calls = [engine.ask.remote("receive_weights", self.layout) for engine in self.engines]
+        try:
+            if self.data.size() > 1:
+                self.data.broadcast(self.buffer, 0).wait()
+            self.control.barrier().wait()  # the buffer is filled
+            self.control.barrier().wait()  # and read: it may be filled anew
+        except RuntimeError:
+            self._wait(self.calls, "taking over weights")  # knows more, if it was an engine that failed
+            raise
+        if last:
+            self._wait(self.calls, "taking over weights")
+
+    def shut_down(self):
+        """End the engines, and Ray where it was started here."""
+        if self.engines:
+            import ray
+
+            for engine in self.engines:
+                ray.kill(engine)
+            self.engines = []
+            ray.shutdown()
+
+
+class Engine:
+    """What runs in a Ray actor: one vLLM engine."""
+
+    def __init__(self, log: Path, settings: dict):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        for stream in (1, 2):  # all that is said in here goes to the log, of which `_wait` shows the end
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)  # the training processes' group is not its own
+        from vllm import LLM
+
+        self.llm = LLM(**settings)
+
+    def ask(self, method, *inputs):
+        """Call a method of `WeightReceiver` in the worker of each GPU."""
+        answers = self.llm.collective_rpc(method, args=inputs)
+        self.llm.reset_prefix_cache()  # its keys and values may be of other weights
+        return answers
+
+    def generate(self, requests, max_new_tokens, temperature, eos):
+        """-> lengths, all token ids in one array, log-probabilities, of the completions of all requests in order."""
+        from vllm import SamplingParams
+
+        how = {"max_tokens": max_new_tokens, "temperature": temperature, "logprobs": 0, "detokenize": False}
+        how |= {"ignore_eos": True, "stop_token_ids": [eos]}  # not those that the model's configuration may name
+        params = [SamplingParams(n=n, seed=seed, **how) for _, n, seed in requests]
+        prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in requests]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False) if requests else []
+        drawn = [one for output in outputs for one in sorted(output.outputs, key=lambda one: one.index)]
+        token_ids = np.concatenate([np.array([], np.int32), *(np.array(one.token_ids, np.int32) for one in drawn)])
+        return [len(one.token_ids) for one in drawn], token_ids, [one.cumulative_logprob for one in drawn]
+
+
+class WeightReceiver:
+    """Becomes a part of vLLM's worker, of which an engine has one on each of its GPUs."""
+
+    def gpu(self):
+        return gpu_of(self.device)
+
+    def connect(self, rank, host, port, size, numel, handles, apart, minutes):
+        rank, self.data = rank + self.rank, None
+        self.store = torch.distributed.TCPStore(host, port, timeout=timedelta(minutes=minutes))
+        self.control = process_group(self.store, "control", "cpu", rank, size, minutes)
+        if rank in apart:
+            self.buffer = torch.empty(numel, dtype=self.model_config.dtype, device=self.device)
+            place = 1 + apart.index(rank)
+            self.data = process_group(self.store, "data", self.device.type, place, 1 + len(apart), minutes)
+        else:
+            arguments = list(handles[self.gpu()])
+            arguments[6] = self.device.index  # the GPU's number in this process
+            self.buffer = rebuild_cuda_tensor(*arguments)
+
+    def receive_weights(self, layout):
+        def arriving():
+            for chunk in layout:
+                if self.data:
+                    self.data.broadcast(self.buffer, 0).wait()
+                self.control.barrier().wait()  # the buffer is filled
+                copies = [(name, self.buffer[first:last].view(shape).clone()) for name, shape, first, last in chunk]
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                self.control.barrier().wait()  # and read: it may be filled anew
+                yield from copies
+
+        self.reload_weights(weights_iterator=arriving())  # layer by layer: a CPU's weights are packed once more
+
+
+def choose_engine(asked: str) -> str:
+    """auto is vLLM where it can be imported."""
+    installed = find_spec("vllm") is not None
+    if asked == "vllm" and not installed:
+        refuse("--engine vllm: vLLM is not installed (see requirements.txt); --engine transformers does without")
+    return asked if asked != "auto" else "vllm" if installed else "transformers"
+
+
+def spawn_engines(args, accelerator, tokenizer, max_length: int, model):
+    """What samples for a training script, by its flags --engine, --gpu-memory, --gpus-per-engine."""
+    if args.engine == "transformers":
+        return LiveModel(accelerator, model, tokenizer)
+    gpus = args.gpus_per_engine
+    if gpus is None:  # App. B: an engine on each pair of GPUs for 8B on 80 GB
+        large = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) >= 7e9
+        gpus = 2 if large and torch.cuda.get_device_properties(0).total_memory < 100e9 else 1
+    return VLLMEngines(accelerator, args.model, tokenizer, max_length, args.out, model, args.gpu_memory, gpus)

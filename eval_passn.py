@@ -162,9 +162,7 @@ def main(argv=None):
     common.end(accelerator)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def read_record(checkpoint: str) -> dict:
@@ -173,8 +171,7 @@ def read_record(checkpoint: str) -> dict:
 
     if checkpoint.rstrip("/").endswith(".partial"):
         common.refuse(f"{checkpoint} was not written to its end")
-    common.check_model_name(checkpoint)
-    if not common.holds_weights(checkpoint):
+    if not common.check_model(checkpoint):
         common.refuse(f"{checkpoint} holds no weights: give a checkpoint that a training script wrote")
     path = Path(checkpoint) / "dco.json"
     return json.loads(path.read_text()) if path.is_file() else {}
@@ -226,9 +223,7 @@ def spread_over_gpus(checkpoint: str, accelerator) -> bool:
     return 2 * sum(p.numel() for p in model.parameters()) > 0.8 * torch.cuda.get_device_properties(0).total_memory
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
 def measure_exactly(model, tokenizer, examples, accelerator, max_new_tokens, args, problems):
@@ -331,7 +326,7 @@ def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
         summary["exact"] = {}
         for n in curve_ns(args.ns):
             values = common.exact_pass_at_n(log_p, n)
-            summary["exact"][n] = interval(values, common.bootstrap_interval(values))
+            summary["exact"][n] = mean_and_interval(values)
         summary["greedy"] = {
             "confidence": float(np.mean([problem["greedy_confidence"] for problem in problems])),
             "accuracy": float(np.mean(verdicts)),
@@ -351,8 +346,7 @@ def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
         summary["sampled"] = {"n": args.n}
         for n in [n for n in curve_ns(args.ns) if n <= args.n]:
             values = common.pass_at_n(args.n, c, n)
-            summary["sampled"][n] = interval(values, common.bootstrap_interval(values))
-            summary["sampled"][n]["sampling_error"] = common.sampling_error(args.n, c, n)
+            summary["sampled"][n] = mean_and_interval(values) | {"sampling_error": sampling_error(args.n, c, n)}
         summary["mode"] = {
             "confidence": float(np.mean([problem["mode_confidence"] for problem in problems])),
             "accuracy": float(np.mean([problem["mode_right"] for problem in problems])),
@@ -360,8 +354,31 @@ def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
     return summary | {"per_problem": problems}
 
 
-def interval(values, bounds) -> dict:
-    return {"pass": float(values.mean()), "low": bounds[0], "high": bounds[1]}
+def mean_and_interval(values) -> dict:
+    low, high = bootstrap_interval(values)
+    return {"pass": float(values.mean()), "low": low, "high": high}
+
+
+def bootstrap_interval(values, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap of the mean over problems: how much it would move with another draw of the test set."""
+    import numpy as np
+
+    values = np.asarray(values, dtype=float)
+    generator = np.random.default_rng(seed)
+    means = values[generator.integers(len(values), size=(resamples, len(values)))].mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def sampling_error(n: int, c, k: int, resamples: int = 500, seed: int = 0) -> float:
+    """Standard error of mean pass@k with the problems fixed (the ± of Table 3): a parametric bootstrap over samples."""
+    import numpy as np
+
+    import common
+
+    c = np.asarray(c)
+    redrawn = np.random.default_rng(seed).binomial(n, c / n, size=(resamples, len(c)))
+    return float(common.pass_at_n(n, redrawn, k).mean(1).std())
 
 
 def curve_ns(ns: list[int]) -> list[int]:
@@ -369,9 +386,7 @@ def curve_ns(ns: list[int]) -> list[int]:
     return sorted({*ns, *(2**i for i in range(ns[-1].bit_length()))})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables and figures
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Tables and figures ----------------------------------------------------------------------------------------------
 
 
 def markdown_table(results: list[dict], kind: str, ns: list[int]) -> str:

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 
 import common
+import eval_passn
 
 
 def test_pass_at_n_against_all_subsets():
@@ -55,7 +56,7 @@ def test_bootstrap_interval_covers_at_its_level():
     hits = 0
     for i in range(400):
         values = generator.binomial(1, 0.3, size=200)
-        low, high = common.bootstrap_interval(values, resamples=400, seed=i)
+        low, high = eval_passn.bootstrap_interval(values, resamples=400, seed=i)
         hits += low <= 0.3 <= high
     assert 0.91 <= hits / 400 <= 0.98
 
@@ -66,7 +67,7 @@ def test_sampling_error_is_the_spread_over_new_samples():
     p = generator.uniform(0.02, 0.3, size=50)
     n, k = 256, 8
     means = [common.pass_at_n(n, generator.binomial(n, p), k).mean() for _ in range(2000)]
-    estimate = common.sampling_error(n, generator.binomial(n, p), k)
+    estimate = eval_passn.sampling_error(n, generator.binomial(n, p), k)
     assert estimate == pytest.approx(np.std(means), rel=0.15)
 
 
