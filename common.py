@@ -934,19 +934,23 @@ class LiveModel:
     def generate(self, prompts, n: int, max_new_tokens: int, seeds=None, temperature=1.0) -> list[list[Completion]]:
         """n completions of each prompt, on every process. seeds: one a prompt (see `seed_of`); None is greedy."""
         longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
-        fits = max(1, min(self.sequences, 2**16 // longest))
-        together, found = max(1, fits // n) * self.accelerator.num_processes, []
-        for first in range(0, len(prompts), together):  # all processes make the same calls: ZeRO-3 needs them all
-            part = prompts[first : first + together]
-            share, drawn = split_evenly(part, self.accelerator), []
-            mine = min(first + self.accelerator.process_index, len(prompts) - 1)
+        fits, processes = max(1, min(self.sequences, 2**16 // longest)), self.accelerator.num_processes
+        size = max(1, min(fits // n, math.ceil(len(prompts) / processes)))
+        batches = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
+        found = []
+        for first in range(0, len(batches), processes):  # all make the same calls: ZeRO-3 needs them together
+            part = batches[first : first + processes]
+            ((places,), drawn) = split_evenly(part, self.accelerator), []
             for start in range(0, n, fits):
-                seed = None if seeds is None else seeds[mine] + start
-                now = min(fits, n - start)
-                drawn.append(generate(self.model, self.tokenizer, share, now, max_new_tokens, seed, temperature))
-            joined = [[token_ids for piece in pieces for token_ids in piece] for pieces in zip(*drawn, strict=True)]
-            found += gather_objects_in_order(joined, len(part), self.accelerator)
-        return [[Completion(token_ids, None) for token_ids in completions] for completions in found]
+                mine, now = [prompts[i] for i in places], min(fits, n - start)
+                seed = None if seeds is None else seeds[places[0]] + start
+                drawn.append(generate(self.model, self.tokenizer, mine, now, max_new_tokens, seed, temperature))
+            joined = [
+                [Completion(ids, None) for piece in pieces for ids in piece] for pieces in zip(*drawn, strict=True)
+            ]
+            for batch in gather_objects_in_order([joined], len(part), self.accelerator):
+                found += batch
+        return found
 
     def update_weights(self, model):
         """The weights that it samples from are the model's own."""

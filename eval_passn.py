@@ -43,12 +43,14 @@ def parse_arguments(argv=None):
     what.add_argument("--ns", help=f"the table's N, by commas (paper: {TABLE_NS}; up to --n)")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--n", type=int, help="samples a problem; without it nothing is sampled (paper: 4096)")
-    sampling.add_argument("--engine", default="auto", choices=["auto", "transformers"], help="what samples")
-    sampling.add_argument("--template", choices=["direct", "cot", "r1"], help="default: the checkpoint's")
+    sampling.add_argument("--engine", default="auto", choices=["auto", "vllm", "transformers"], help="what samples")
+    sampling.add_argument("--gpu-memory", type=float, default=0.85, help="vLLM's share of each GPU")
+    sampling.add_argument("--gpus-per-engine", type=int, help="default: 1, or all of a model that is too large for one")
+    sampling.add_argument("--template", choices=["direct", "cot", "r1", "r1-short"], help="default: the checkpoint's")
     sampling.add_argument("--max-new-tokens", type=int, help="default: the checkpoint's (paper: 1,024 for CoT)")
     sampling.add_argument("--temperature", type=float, default=1.0, help="1 is p̂ itself (paper: 1)")
     sampling.add_argument("--seed", type=int, default=0)
-    sampling.add_argument("--batch-size", type=int, default=512, help="sequences that a process computes at once")
+    sampling.add_argument("--batch-size", type=int, default=512, help="sequences that transformers compute at once")
     parser.add_argument("--out", type=Path, help="default: the checkpoint's folder, or the one that holds them all")
     args = parser.parse_args(argv)
     try:
@@ -58,7 +60,7 @@ def parse_arguments(argv=None):
         parser.error(f"--ns takes whole numbers separated by commas, not {args.ns!r}")
     if args.ns[0] < 1:
         parser.error(f"--ns takes numbers from 1 up, not {args.ns[0]}")
-    for name in ("n", "max_new_tokens", "temperature", "batch_size"):
+    for name in ("n", "max_new_tokens", "temperature", "batch_size", "gpu_memory", "gpus_per_engine"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if args.n and args.n < args.ns[-1]:
@@ -83,6 +85,7 @@ def main(argv=None):
     templates = [args.template or record.get("template", "direct") for record in records]
     if not args.n and set(templates) != {"direct"}:
         common.refuse("pass@N of solutions can only be estimated from samples: give --n, 4096 for instance")
+    args.engine = common.choose_engine(args.engine)
     data = args.data or recorded_data(records)
     rows = [row for row in common.load_problems(data, args.split) if row["answer"].strip()]
     tokenizers = [common.load_tokenizer(checkpoint) for checkpoint in args.checkpoints]
@@ -106,12 +109,13 @@ def main(argv=None):
         accelerator.print(
             f"{checkpoint}: {len(rows):,} problems of {data} ({args.split}), template {template}"
             + (f", {dropped} too long for the model and counted as unsolved" if dropped else "")
-            + (f", {args.n:,} samples each of up to {max_new_tokens} tokens by transformers" if args.n else "")
+            + (f", {args.n:,} samples each of up to {max_new_tokens} tokens by {args.engine}" if args.n else "")
         )
-        settings = {"device_map": "auto"} if spread_over_gpus(checkpoint, accelerator) else {}
-        dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-        model, _ = common.load_model(checkpoint, tokenizer, dtype, **settings)
-        model = model.eval() if settings else model.eval().to(accelerator.device)
+        model, spread = None, spread_over_gpus(checkpoint, accelerator)
+        if template == "direct" or args.engine == "transformers":
+            dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+            model, _ = common.load_model(checkpoint, tokenizer, dtype, **({"device_map": "auto"} if spread else {}))
+            model = model.eval() if spread else model.eval().to(accelerator.device)
 
         result = {
             "checkpoint": checkpoint,
@@ -124,16 +128,19 @@ def main(argv=None):
         problems = {row["id"]: {"id": row["id"], "level": row.get("level")} for row in rows}
         if template == "direct":
             measure_exactly(model, tokenizer, examples, accelerator, max_new_tokens, args, problems)
+        if args.n and args.engine == "vllm":  # which gets the GPU's memory to itself
+            model = None
+            torch.cuda.empty_cache()
+
         if args.n:
             counts = sample_all(
-                model, tokenizer, examples, accelerator, template, max_new_tokens, args, checkpoint, out, data_name
+                args, accelerator, checkpoint, tokenizer, model, examples, template, max_new_tokens, out, data_name
             )
             for id, (answers, unanswered) in counts.items():
                 problems[id] |= {"answers": answers, "unanswered": unanswered}
         if accelerator.is_main_process:
             result |= summarise(list(problems.values()), golds, grader, args)
             results.append(result)
-        del model
 
     if accelerator.is_main_process:
         grader.close()
@@ -245,7 +252,7 @@ def measure_exactly(model, tokenizer, examples, accelerator, max_new_tokens, arg
         }
 
 
-def sample_all(model, tokenizer, examples, accelerator, template, max_new_tokens, args, checkpoint, out, data_name):
+def sample_all(args, accelerator, checkpoint, tokenizer, model, examples, template, max_new_tokens, out, data_name):
     """n samples of each problem, counted by distinct answer, so that memory does not grow with n.
 
     -> {id: ({answer: count}, samples without an answer)}. A line a problem is appended to samples-…jsonl as soon as
@@ -257,46 +264,66 @@ def sample_all(model, tokenizer, examples, accelerator, template, max_new_tokens
 
     asked = (args.split, args.n, args.seed, args.temperature, template, max_new_tokens)
     key = common.seed_of(fingerprint(checkpoint), [example.prompt_ids for example in examples], *asked)
-    prefix = f"samples-{data_name}-{key}-"
-    counts = read_counts(out, prefix)
-    accelerator.wait_for_everyone()  # all have read before any one writes
+    path = out / f"samples-{data_name}-{key}.jsonl"
+    counts = common.on_main(accelerator, read_counts, path)
     left = [example for example in examples if example.id not in counts]
-    batch_size = common.batch_that_fits(examples, max_new_tokens, tokenizer, args.batch_size)
-    together = max(1, batch_size // args.n)  # problems in a batch
-    groups = [left[i : i + together] for i in range(0, len(left), together)]
-    mine = groups[accelerator.process_index :: accelerator.num_processes]
-    progress = tqdm(total=sum(map(len, mine)), unit="problem", disable=not accelerator.is_local_main_process)
-    with open(out / f"{prefix}{accelerator.process_index}.jsonl", "a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut short by a kill
-        for group in mine:
-            tallies = [Counter() for _ in group]
-            for chunk, start in enumerate(range(0, args.n, batch_size)):
-                prompts = [example.prompt_ids for example in group]
-                n = min(batch_size, args.n - start)
-                seed = common.seed_of(args.seed, key, group[0].id) + 256 * chunk
-                found = common.generate(model, tokenizer, prompts, n, max_new_tokens, seed, args.temperature)
+    if not left:
+        return counts
+    sampler = start_sampler(args, accelerator, checkpoint, tokenizer, model, examples, max_new_tokens, out)
+    # A call for as many samples, of many problems or of one, as keep engines busy and are few enough to be held: 2^24
+    # tokens. Transformers get one batch a process: what has been written then shows how far they have come.
+    samples = min(1 << 16, (1 << 24) // max_new_tokens)
+    samples = args.batch_size * accelerator.num_processes if args.engine == "transformers" else samples
+    together = max(accelerator.num_processes, samples // args.n)  # problems in a call
+    piece = max(1, samples // together)  # samples of each of them
+    progress = tqdm(total=len(left) * args.n, unit="sample", disable=not accelerator.is_local_main_process)
+    for group in (left[i : i + together] for i in range(0, len(left), together)):
+        tallies = [Counter() for _ in group]
+        for first in range(0, args.n, piece):
+            seeds = [common.seed_of(args.seed, key, example.id) + first for example in group]
+            prompts, n = [example.prompt_ids for example in group], min(piece, args.n - first)
+            found = sampler.generate(prompts, n, max_new_tokens, seeds, args.temperature)
+            if accelerator.is_main_process:
                 for tally, completions in zip(tallies, found, strict=True):
-                    for ids, count in Counter(map(tuple, completions)).items():
-                        tally[common.read_answer(ids, tokenizer, template)] += count
+                    tally.update(common.count_answers(completions, tokenizer, template))
+            progress.update(len(group) * n)
+        if accelerator.is_main_process:
             for example, tally in zip(group, tallies, strict=True):
                 entry = {"id": example.id, "unanswered": tally.pop(None, 0), "answers": dict(tally.most_common())}
-                file.write(json.dumps(entry).encode() + b"\n")
-            file.flush()
-            progress.update(len(group))
+                common.append_json(path, entry)
     progress.close()
-    accelerator.wait_for_everyone()
-    counts = read_counts(out, prefix)
-    missing = sum(example.id not in counts for example in examples)
-    if missing:
-        common.refuse(f"{out}: the samples of {missing} problems are not there; do all nodes share this folder?")
-    return counts
+    sampler.shut_down()
+    return common.on_main(accelerator, read_counts, path)
 
 
-def read_counts(out: Path, prefix: str) -> dict:
-    """{id: ({answer: count}, samples without an answer)}; a last line that was cut short is not read."""
-    paths = [path for path in out.iterdir() if path.name.startswith(prefix)]
-    entries = [json.loads(line) for path in paths for line in path.read_bytes().split(b"\n")[:-1]]
+def start_sampler(args, accelerator, checkpoint, tokenizer, model, examples, max_new_tokens, out):
+    import torch
+
+    import common
+
+    if args.engine == "transformers":
+        return common.LiveModel(accelerator, model, tokenizer, args.batch_size)
+    longest = max(len(example.prompt_ids) for example in examples) + max_new_tokens
+    spread = spread_over_gpus(checkpoint, accelerator)
+    return common.VLLMEngines(
+        accelerator,
+        checkpoint,
+        tokenizer,
+        max_length=min(longest, common.longest_context(checkpoint)),
+        logs=out,
+        memory=args.gpu_memory,
+        gpus=args.gpus_per_engine or (torch.cuda.device_count() if spread else 1),
+    )
+
+
+def read_counts(path: Path) -> dict:
+    """{id: ({answer: count}, samples without an answer)}; a last line that was cut short by a kill is removed."""
+    if not path.exists():
+        return {}
+    with open(path, "r+b") as file:
+        whole = file.read().rpartition(b"\n")[0]
+        file.truncate(len(whole) + bool(whole))
+    entries = map(json.loads, whole.splitlines())
     return {entry["id"]: (entry["answers"], entry["unanswered"]) for entry in entries}
 
 
