@@ -638,14 +638,20 @@ def relative(path: Path) -> str:
 
 def is_example(model: str) -> bool:
     """Whether it is a model of examples/ or was trained from one."""
-    return Path(base_of(model)).resolve().is_relative_to(EXAMPLES)
+    return base_of(model).startswith("examples/")
 
 
 def base_of(model: str) -> str:
     """The model with which a checkpoint's training began; any other model is its own."""
-    record = Path(model) / "dco.json"
-    own = os.path.abspath(model) if Path(model).is_dir() else model
-    return json.loads(record.read_text()).get("base", own) if record.is_file() else own
+    path = Path(model).resolve()
+    own = str(path.relative_to(EXAMPLES.parent)) if path.is_relative_to(EXAMPLES) else model
+    return read_record(model).get("base", own)
+
+
+def read_record(checkpoint: str) -> dict:
+    """What training wrote about its checkpoint: template, max_new_tokens, n_prime, data, base; {} for other models."""
+    path = Path(checkpoint) / "dco.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def zero_config(stage: int, clip: float, micro_batch_size: int) -> dict:

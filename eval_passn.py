@@ -81,7 +81,9 @@ def main(argv=None):
     import common
 
     # Everything about every checkpoint is checked before the first one is loaded.
-    records = [read_record(checkpoint) for checkpoint in args.checkpoints]
+    for checkpoint in args.checkpoints:
+        check_checkpoint(checkpoint)
+    records = [common.read_record(checkpoint) for checkpoint in args.checkpoints]
     templates = [args.template or record.get("template", "direct") for record in records]
     if not args.n and set(templates) != {"direct"}:
         common.refuse("pass@N of solutions can only be estimated from samples: give --n, 4096 for instance")
@@ -172,16 +174,13 @@ def main(argv=None):
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def read_record(checkpoint: str) -> dict:
-    """What training wrote about its checkpoint: template, max_new_tokens, n_prime, data; {} for other models."""
+def check_checkpoint(checkpoint: str):
     import common
 
     if checkpoint.rstrip("/").endswith(".partial"):
         common.refuse(f"{checkpoint} was not written to its end")
     if not common.check_model(checkpoint):
         common.refuse(f"{checkpoint} holds no weights: give a checkpoint that a training script wrote")
-    path = Path(checkpoint) / "dco.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def recorded_data(records: list[dict]) -> str:

@@ -26,7 +26,6 @@ from pathlib import Path
 
 # The settings of the embedded experiment, which take the place of the paper's when the model is one of examples/.
 EXAMPLE_SETTINGS = {
-    "template": "r1-short",
     "epochs": 2,
     "batch_size": 32,
     "lr": 1e-3,
@@ -47,7 +46,11 @@ def parse_arguments(argv=None, settings=None):
     what = parser.add_argument_group("what is trained on what")
     what.add_argument("--model", help="folder or hub name (paper: meta-llama/Meta-Llama-3-8B)")
     what.add_argument("--data", help="folder with train.jsonl and test.jsonl, or hub name (paper: MATH, 12,000/500)")
-    what.add_argument("--template", default="r1", choices=["cot", "r1", "r1-short"], help="paper: r1")
+    what.add_argument(
+        "--template",
+        choices=["cot", "r1", "r1-short"],
+        help="default: the one that the checkpoint was trained with, or r1",
+    )
     what.add_argument("--seed", type=int, default=0, help="order of the examples, samples, and weights from scratch")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--rollouts", type=int, default=8, help="N', of each problem (paper: 8)")
@@ -119,6 +122,7 @@ def main(argv=None):
     if common.is_example(model_name):
         args = parse_arguments(argv, EXAMPLE_SETTINGS)
     args.model, args.data = model_name, data_name
+    args.template = args.template or common.read_record(args.model).get("template", "r1")
 
     # Whatever can be refused is refused here, before any weights are loaded.
     common.check_out(args.out, args.overwrite)
