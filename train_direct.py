@@ -44,7 +44,7 @@ def parse_arguments(argv=None, settings=None):
     what = parser.add_argument_group("what is trained on what")
     what.add_argument("--model", help="folder or hub name (paper: meta-llama/Meta-Llama-3-8B, and 70B)")
     what.add_argument("--data", help="folder with train.jsonl and test.jsonl, or hub name (paper: MATH, 12,000/500)")
-    what.add_argument("--template", default="direct", choices=["direct", "cot", "r1"], help="paper: direct")
+    what.add_argument("--template", default="direct", choices=["direct", "cot", "r1", "r1-short"], help="paper: direct")
     what.add_argument("--seed", type=int, default=0, help="order of the examples, and weights made from scratch")
     loss = parser.add_argument_group("the loss")
     loss.add_argument("--n-prime", type=float, default=256, help="N' (paper: 1 = cross-entropy, 16, 64, 256, ...)")
@@ -153,6 +153,7 @@ def main(argv=None):
         "max_new_tokens": max_new_tokens if args.template == "direct" else min(max_new_tokens, 1024),
         "n_prime": args.n_prime,
         "data": os.path.abspath(args.data) if os.path.exists(args.data) else args.data,
+        "base": common.base_of(args.model),
     }
 
     loss_name = (
