@@ -25,7 +25,7 @@ from pathlib import Path
 
 # The settings of the embedded experiment, which take the place of the paper's when the model is one of examples/.
 EXAMPLE_SETTINGS = {
-    "epochs": 12,
+    "epochs": 8,
     "batch_size": 32,
     "micro_batch_size": 32,
     "lr": 3e-3,
@@ -33,7 +33,7 @@ EXAMPLE_SETTINGS = {
     "betas": (0.9, 0.98),
     "weight_decay": 0.01,
     "nll": "mean",
-    "max_new_tokens": 112,
+    "max_new_tokens": 160,
     "n_mc": 16,
     "eval_problems": 100,
 }

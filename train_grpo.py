@@ -1,7 +1,7 @@
 """Fine-tune a model by reinforcement learning with GRPO in the form of Dr. GRPO (§5.4, App. B), to compare DCOa with.
 
     python train_cot_dcoa.py --template r1-short --n-prime 1 --out runs/warm    # the embedded model: first the format,
-    python train_grpo.py --model runs/warm/epoch-12                             # then the answers, in one process
+    python train_grpo.py --model runs/warm/epoch-8                              # then the answers, in one process
     accelerate launch train_grpo.py                         # the 8 GPUs of a node, which vLLM shares
     accelerate launch --num_machines 2 --num_processes 16 --machine_rank 0 --main_process_ip HOST \\
         --main_process_port 29500 train_grpo.py             # two nodes, with RAY_ADDRESS as the README says
