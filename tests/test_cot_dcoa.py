@@ -84,7 +84,7 @@ def test_a_step_goes_along_the_mean_of_factor_times_gradient(
     for name, weight in model.named_parameters():
         torch.testing.assert_close(trained[name], start[name] - 0.01 * weight.grad, atol=1e-5, rtol=0)
         moved = (start[name] - trained[name]) / 0.01  # 1e-5 of a weight alone could be a step that is nearly nothing
-        torch.testing.assert_close(moved, weight.grad, atol=2e-5 / 0.01 * 1e-1 + 1e-4, rtol=1e-3)
+        torch.testing.assert_close(moved, weight.grad, atol=3e-4, rtol=1e-3)
 
 
 # The estimate
@@ -143,7 +143,6 @@ def test_seven_of_64_right_are_dropped_and_six_are_kept(with_samples):
     out, sampler = with_samples(sums(4), lambda i, step: [6, 7, 0, 64][i], *flags)
     (metrics,) = read(out / "metrics.jsonl")
     assert sorted(metrics["ids"]) == [0, 2] and metrics["candidates"] == 4 and metrics["discarded"] == 2
-    # At a true p the paper's threshold lies at the same place whatever N_MC is.
     assert [event[2] for event in sampler.events if event[0] == "generate"] == [64]
 
 
@@ -181,7 +180,7 @@ def test_a_step_is_the_first_accepted_of_the_stream_under_its_own_weights(with_s
     assert len(seeds) > sum(one["candidates"] for one in steps)
 
 
-def test_cross_entropy_never_samples_for_training(with_samples, monkeypatch):
+def test_cross_entropy_never_samples_for_training(with_samples):
     rows, test = sums(40), sums(45)[40:]
     flags = ["--n-prime", 1, "--batch-size", 16, "--epochs", 2, "--eval-n", 2]
     out, sampler = with_samples(rows, lambda i, step: 1, *flags, "--eval-problems", 5, test=test)
@@ -192,7 +191,6 @@ def test_cross_entropy_never_samples_for_training(with_samples, monkeypatch):
     assert [event[0] for event in sampler.events] == ["update", "generate"] * 2 + ["shut down"]
     assert all(event[2] == 2 for event in sampler.events if event[0] == "generate")
 
-    monkeypatch.setattr(train_cot_dcoa, "EXAMPLE_SETTINGS", {**train_cot_dcoa.EXAMPLE_SETTINGS})
     out, sampler = with_samples(rows, lambda i, step: 1, *flags, "--eval-problems", 0, test=test)
     assert sampler.events == [] and len(read(out / "epochs.jsonl")) == 2  # there is no engine at all
 
