@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of this size are 10 to 30 times slower with more, under load
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may wait for a network
+os.environ.pop("RAY_ADDRESS", None)  # engines of tests are started and ended here, not in someone's cluster
 
 
 def run_script(*arguments, processes=1, code=0, cwd=ROOT, **environment):
@@ -42,6 +44,39 @@ def tiny_model(tokenizer):
     model, scratch = common.load_model(str(ROOT / "examples/tiny_llama"), tokenizer, seed=0)
     assert scratch
     return model
+
+
+@pytest.fixture(scope="session")
+def grader():
+    """One set of grading processes for all tests that want the real judge; `one_grader` lends it to the scripts."""
+    import common
+
+    grader = common.Grader()
+    close, grader.close = grader.close, lambda: None
+    yield grader
+    close()
+
+
+@pytest.fixture
+def one_grader(grader, monkeypatch):
+    import common
+
+    monkeypatch.setattr(common, "Grader", lambda *arguments: grader)
+    return grader
+
+
+@pytest.fixture(scope="session")
+def engines(tokenizer, tmp_path_factory):
+    """The one vLLM engine of the session, for the tiny model; who uses it gives it weights first."""
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    import common
+
+    model, _ = common.load_model(str(ROOT / "examples/tiny_llama"), tokenizer, seed=0)
+    logs, accelerator = tmp_path_factory.mktemp("engines"), common.make_accelerator()
+    engines = common.VLLMEngines(accelerator, str(ROOT / "examples/tiny_llama"), tokenizer, 256, logs, model)
+    yield engines
+    engines.shut_down()
 
 
 @pytest.fixture(scope="session")
