@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -814,12 +815,6 @@ def gather_in_order(values: torch.Tensor, count: int, accelerator) -> torch.Tens
     return by_process.T.reshape(-1)[:count]
 
 
-def gather_objects_in_order(objects: list, count: int, accelerator) -> list:
-    """The same for anything that can be pickled."""
-    gathered, share, processes = accelerate.utils.gather_object(objects), len(objects), accelerator.num_processes
-    return [gathered[i % processes * share + i // processes] for i in range(count)]
-
-
 def on_main(accelerator, compute, *inputs):
     """compute(*inputs) on the main process, once all have come so far; its result on all. What it raises ends all."""
     if accelerator.num_processes == 1:
@@ -852,15 +847,6 @@ def process_group(store, name: str, device: str, rank: int, size: int, minutes: 
 def gpu_of(device: torch.device) -> str | None:
     """A GPU's name, the same in all processes that see it."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-
-
-def whole(weight):
-    """In this context a weight that ZeRO-3 has split is whole, on every process."""
-    if not hasattr(weight, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([weight])
 
 
 # ---- Files: output folders and checkpoints ---------------------------------------------------------------------------
@@ -934,8 +920,8 @@ class LiveModel:
 
     def __init__(self, accelerator, model, tokenizer, sequences=512):
         """sequences: how many a process computes at once, fewer where they would hold more than 2^16 tokens."""
-        self.accelerator, self.model, self.tokenizer = accelerator, accelerator.unwrap_model(model), tokenizer
-        self.sequences = sequences
+        self.accelerator, self.tokenizer, self.sequences = accelerator, tokenizer, sequences
+        self.model = accelerator.unwrap_model(model)
 
     def generate(self, prompts, n: int, max_new_tokens: int, seeds=None, temperature=1.0) -> list[list[Completion]]:
         """n completions of each prompt, on every process. seeds: one a prompt (see `seed_of`); None is greedy."""
@@ -946,16 +932,15 @@ class LiveModel:
         found = []
         for first in range(0, len(batches), processes):  # all make the same calls: ZeRO-3 needs them together
             part = batches[first : first + processes]
-            ((places,), drawn) = split_evenly(part, self.accelerator), []
+            (places,) = split_evenly(part, self.accelerator)
+            drawn = [[] for _ in places]
             for start in range(0, n, fits):
                 mine, now = [prompts[i] for i in places], min(fits, n - start)
                 seed = None if seeds is None else seeds[places[0]] + start
-                drawn.append(generate(self.model, self.tokenizer, mine, now, max_new_tokens, seed, temperature))
-            joined = [
-                [Completion(ids, None) for piece in pieces for ids in piece] for pieces in zip(*drawn, strict=True)
-            ]
-            for batch in gather_objects_in_order([joined], len(part), self.accelerator):
-                found += batch
+                more = generate(self.model, self.tokenizer, mine, now, max_new_tokens, seed, temperature)
+                for completions, token_ids in zip(drawn, more, strict=True):
+                    completions += [Completion(ids, None) for ids in token_ids]
+            found += chain(*accelerate.utils.gather_object([drawn])[: len(part)])
         return found
 
     def update_weights(self, model):
@@ -1048,16 +1033,11 @@ class VLLMEngines:
         return [found[i : i + n] for i in range(0, len(found), n)]
 
     def _sample(self, requests, max_new_tokens, temperature):
-        shares = [requests[i :: len(self.engines)] for i in range(len(self.engines))]
-        how, calls = (max_new_tokens, temperature, self.eos), []
-        for engine, share in zip(self.engines, shares, strict=True):
-            calls.append(engine.generate.remote(share, *how))
-        found = [None] * len(requests)
-        for i, (lengths, token_ids, log_probs) in enumerate(self._wait(calls, "sampling")):
-            pieces = np.split(token_ids, np.cumsum(lengths)[:-1])
-            drawn = iter([Completion(ids.tolist(), log_prob) for ids, log_prob in zip(pieces, log_probs, strict=True)])
-            found[i :: len(shares)] = [[next(drawn) for _ in range(n)] for _, n, _ in shares[i]]
-        return [completion for completions in found for completion in completions]
+        found, how, count = [None] * len(requests), (max_new_tokens, temperature, self.eos), len(self.engines)
+        calls = [engine.generate.remote(requests[i::count], *how) for i, engine in enumerate(self.engines)]
+        for i, drawn in enumerate(self._wait(calls, "sampling")):
+            found[i::count] = drawn
+        return list(chain(*found))
 
     def _connect(self, model):
         """Lay out a buffer through which all weights pass, a few at a time. An engine on a GPU with a training process
@@ -1073,9 +1053,8 @@ class VLLMEngines:
             self.layout[-1].append((name, shape, end, end := end + math.prod(shape)))
         size, dtype = max(chunk[-1][-1] for chunk in self.layout), torch.bfloat16 if self.cuda else torch.float32
         self.buffer = torch.empty(size, dtype=dtype, device=self.accelerator.device)
-        handle = {gpu_of(self.buffer.device): reduce_tensor(self.buffer)[1]} if self.cuda else {}
-        handles = gather_objects_in_order([handle], self.accelerator.num_processes, self.accelerator)
-        on_main(self.accelerator, self._meet, {gpu: each[gpu] for each in handles for gpu in each})
+        handle = [(gpu_of(self.buffer.device), reduce_tensor(self.buffer)[1])] if self.cuda else []
+        on_main(self.accelerator, self._meet, dict(accelerate.utils.gather_object(handle)))
 
     def _meet(self, handles):
         import ray
@@ -1092,17 +1071,19 @@ class VLLMEngines:
 
     def update_weights(self, model):
         """From now on, sample with the weights that `model` has now."""
-        weights = self.accelerator.unwrap_model(model).state_dict(keep_vars=True)
+        weights, whole = self.accelerator.unwrap_model(model).state_dict(keep_vars=True), nullcontext
+        if any(hasattr(weight, "ds_id") for weight in weights.values()):  # ZeRO-3 has split them over the processes
+            from deepspeed.zero import GatheredParameters as whole
         for i, chunk in enumerate(self.layout):
             for name, shape, first, last in chunk:
-                with whole(weights[name]):
+                with whole([weights[name]]):
                     self.buffer[first:last].view(shape).copy_(weights[name].detach())
             if self.cuda:
                 torch.cuda.synchronize()
-            on_main(self.accelerator, self._hand_over, i == 0, i == len(self.layout) - 1)
+            on_main(self.accelerator, self._hand_over, i)
 
-    def _hand_over(self, first, last):
-        if first:
+    def _hand_over(self, i):
+        if i == 0:
             self.calls = [engine.ask.remote("receive_weights", self.layout) for engine in self.engines]
         try:
             if self.data.size() > 1:
@@ -1112,7 +1093,7 @@ class VLLMEngines:
         except RuntimeError:
             self._wait(self.calls, "taking over weights")  # knows more, if it was an engine that failed
             raise
-        if last:
+        if i == len(self.layout) - 1:
             self._wait(self.calls, "taking over weights")
 
     def shut_down(self):
@@ -1146,7 +1127,7 @@ class Engine:
         return answers
 
     def generate(self, requests, max_new_tokens, temperature, eos):
-        """-> lengths, all token ids in one array, log-probabilities, of the completions of all requests in order."""
+        """-> for each request (prompt, n, seed), its n Completions."""
         from vllm import SamplingParams
 
         how = {"max_tokens": max_new_tokens, "temperature": temperature, "logprobs": 0, "detokenize": False}
@@ -1154,9 +1135,8 @@ class Engine:
         params = [SamplingParams(n=n, seed=seed, **how) for _, n, seed in requests]
         prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in requests]
         outputs = self.llm.generate(prompts, params, use_tqdm=False) if requests else []
-        drawn = [one for output in outputs for one in sorted(output.outputs, key=lambda one: one.index)]
-        token_ids = np.concatenate([np.array([], np.int32), *(np.array(one.token_ids, np.int32) for one in drawn)])
-        return [len(one.token_ids) for one in drawn], token_ids, [one.cumulative_logprob for one in drawn]
+        drawn = [sorted(output.outputs, key=lambda one: one.index) for output in outputs]
+        return [[Completion(list(one.token_ids), one.cumulative_logprob) for one in group] for group in drawn]
 
 
 class WeightReceiver:
