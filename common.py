@@ -84,16 +84,15 @@ def dco_factor(log_p: torch.Tensor, n: float) -> torch.Tensor:
 
 def completion_log_probs(model, batch: dict) -> torch.Tensor:
     """log p̂(y|x) of each completion, its end-of-sequence token included: float32 [B], with the gradient.
-    batch holds (see `collate`) input_ids, attention_mask, position_ids [B, T] and completion_ids, completion_mask
-    [B, C], laid out as [pad … prompt][completion … pad]: all completions start at the same column, so the model is
-    asked for the logits of the last C + 1 columns only, and a vocabulary of 128k stays out of memory."""
+    batch: input_ids, attention_mask, position_ids [B, T] and completion_ids, completion_mask [B, C], laid out as
+    [pad … prompt][completion … pad] (see `collate`): all completions start at the same column, so that the logits of
+    the last C + 1 columns suffice, and a vocabulary of 128k stays out of memory."""
     width = batch["completion_ids"].shape[1]
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits
     logits = logits[:, -width - 1 : -1].float()  # [B, C, V]; column t predicts completion token t
     chosen = logits.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
-    token_log_probs = chosen - logits.logsumexp(-1)  # [B, C]
-    return token_log_probs.masked_fill(~batch["completion_mask"], 0.0).sum(-1)
+    return (chosen - logits.logsumexp(-1)).masked_fill(~batch["completion_mask"], 0.0).sum(-1)
 
 
 # ---- Tokens and templates: prompts, completions, the collator, sampling ----------------------------------------------
@@ -152,11 +151,9 @@ def encode(rows: list[dict], tokenizer, template: str, max_length: int) -> tuple
     """Tokenise prompt and completion apart. -> (examples, {why: how many rows were dropped})."""
     form, examples, dropped = TEMPLATES[template], [], Counter()
     for row in rows:
-        if "{solution}" in form.completion and not row.get("solution", "").strip():
-            dropped["without a solution"] += 1
-            continue
-        if "{answer}" in form.completion and not row["answer"].strip():
-            dropped["without an answer"] += 1
+        without_solution = "{solution}" in form.completion and not row.get("solution", "").strip()
+        if without_solution or ("{answer}" in form.completion and not row["answer"].strip()):
+            dropped["without a solution" if without_solution else "without an answer"] += 1
             continue
         try:
             prompt_ids = tokenizer(form.prompt.format(**row)).input_ids
@@ -331,10 +328,10 @@ Step = namedtuple("Step", ["ids", "candidates", "values"])
 
 class Refill:
     """Cuts the stream of candidates into steps of examples that matter (§5.1: "replaced with new training examples").
-    A step is the first `batch_size` candidates that `accept` lets in under that step's weights, whatever the number of
-    processes, the micro-batch and the way of computing. The stream is a fresh permutation each epoch and goes on right
-    after the last candidate used. Accepted candidates that fill no step by the end of an epoch lead the next one (and
-    are struck out of it further down); those of the last epoch make a short step.
+    A step is the first `batch_size` candidates that `accept` lets in under its weights, whatever the processes, the
+    micro-batch and the way of computing. The stream is a fresh permutation each epoch and goes on right after the last
+    candidate used. Accepted candidates that fill no step by the end of an epoch lead the next one (and are struck out
+    of it further down); those of the last epoch make a short step.
     Either the candidates are scored without gradient first (each costs 1 + k·a forwards, a the share accepted, k the
     cost of forward and backward in forwards), or all are trained on straight, the rejected contributing zero (k). The
     cheaper way changes at a = (k-1)/k, and is chosen each round from the share seen in this step and the one before."""
@@ -356,8 +353,7 @@ class Refill:
         """Compute the gradients of the next step; None at the end of the epoch.
         score(ids) -> values [len(ids)], without gradient.
         train(ids, room, count, chosen) -> values [len(ids)]: adds the gradients of the mean over `count` examples, from
-            all `ids` if chosen, else from the first `room` that `accept` lets in. The call that fills `room` is the
-            last one of the step.
+            all `ids` if chosen, else from the first `room` accepted. The call that fills `room` is the step's last.
         discard() throws away the gradients added so far."""
         values, trained, start = [], 0, self.position
         accepted = [] if self.accept else self.order[start : start + self.batch_size]
@@ -385,8 +381,7 @@ class Refill:
         round_size = self.processes * self.micro_batch_size
         for i in range(trained, len(accepted), round_size):
             found = train(accepted[i : i + round_size], len(accepted) - i, len(accepted), chosen=True)
-            if self.accept is None:
-                values.append(found)
+            values += [] if self.accept else [found]
         return Step(accepted, candidates, torch.cat(values)[:candidates]) if accepted else None
 
     def straight_pays(self, room, rate):
@@ -403,9 +398,8 @@ class Refill:
         if self.k is None:  # scoring is sampling, which wants to be one call: nearly always as many as will do
             return math.ceil(room / rate + spread)
         wanted = math.ceil(max(room, room / rate - spread, 0.02 * self.batch_size / rate))
-        wanted = math.ceil(wanted / self.processes) * self.processes
-        # Without activations to keep, four micro-batches fit where one is trained.
-        return min(wanted, self.processes * self.micro_batch_size * (1 if straight else 4))
+        micro_batches = 1 if straight else 4  # so many fit without activations to keep
+        return self.processes * min(math.ceil(wanted / self.processes), self.micro_batch_size * micro_batches)
 
 
 # ---- Grading: math-verify in child processes that can be killed ------------------------------------------------------
@@ -443,7 +437,7 @@ def verdict_at_sight(gold: str, prediction: str) -> bool | None:
 
 
 def bound_memory(megabytes: int):
-    """Runs first in each grading process: what it does from now on may take so much memory and no more."""
+    """Runs first in each grading process, which may take so much memory from now on and no more."""
     import math_verify  # noqa: F401  (not in the time of the first answer)
 
     logging.disable(logging.CRITICAL)  # math-verify logs every text that it cannot read
@@ -455,8 +449,7 @@ def is_right(gold: str, prediction: str) -> bool:
     limits use signals and can hang; they are off, and this runs in a process that is killed when it takes too long."""
     from math_verify import LatexExtractionConfig, parse, verify
 
-    config = [LatexExtractionConfig()]
-    answers = [parse(f"${plain(text)}$", config, parsing_timeout=None) for text in (gold, prediction)]
+    answers = [parse(f"${plain(one)}$", [LatexExtractionConfig()], parsing_timeout=None) for one in (gold, prediction)]
     return bool(verify(*answers, timeout_seconds=None))
 
 
@@ -498,8 +491,8 @@ class Grader:
 
     def count_right(self, golds: list[str], answers: list[Counter]) -> list[int]:
         """How many samples of each problem are right, in whatever way they write it. answers: see `count_answers`."""
-        self.grade([(gold, answer) for gold, counts in zip(golds, answers, strict=True) for answer in counts])
-        pairs = zip(golds, answers, strict=True)
+        pairs = list(zip(golds, answers, strict=True))
+        self.grade([(gold, answer) for gold, counts in pairs for answer in counts])
         return [sum(counts[one] for one in counts if self.verdicts[gold, one]) for gold, counts in pairs]
 
     def close(self):
@@ -648,8 +641,8 @@ def make_accelerator(report_to="none", out=None, zero=0, clip=1.0, micro_batch_s
 
 
 def backward(accelerator, model, loss: torch.Tensor, last: bool):
-    """Add the gradient of `loss`. In the last call of a step DDP averages it over the processes; DeepSpeed, which has
-    been averaging all along, clips and makes the update inside of that call."""
+    """Add the gradient of `loss`. In the last call of a step DDP averages over the processes; DeepSpeed, which has been
+    averaging all along, clips and makes the update inside of that call."""
     accelerator.sync_gradients = last
     with accelerator.trigger_sync_in_backward(model) if last else nullcontext():
         accelerator.backward(loss)
@@ -670,8 +663,8 @@ def discard_gradients(accelerator, optimizer):
 def end(accelerator):
     """Close trackers and leave the process group."""
     accelerator.wait_for_everyone()
-    # Gloo's thread still has to let go of the last collective's tensors, for which it needs the interpreter's lock; the
-    # group's destructor waits for that thread while it holds the lock. Without this pause a run can hang at its end.
+    # Gloo's thread needs the interpreter's lock to let go of the last collective's tensors, and the group's destructor
+    # holds that lock while it waits for the thread. Without this pause a run can hang at its end.
     time.sleep(0.2)
     accelerator.end_training()
 
@@ -687,8 +680,7 @@ def load_tokenizer(model: str):
 
 
 def load_config(model: str):
-    """The model's configuration, dropout off: p is that of the model which is going to be sampled, and the same in
-    every forward of a step."""
+    """The model's configuration, dropout off: p is that of the model which is sampled, in every forward of a step."""
     config = from_hub_or_folder(transformers.AutoConfig, model)
     config.update({name: 0.0 for name, value in vars(config).items() if "drop" in name and isinstance(value, float)})
     return config
@@ -761,16 +753,16 @@ def on_main(accelerator, compute, *inputs):
     """compute(*inputs) on the main process, once all have come so far; its result on all. What it raises ends all."""
     if accelerator.num_processes == 1:
         return compute(*inputs)
-    if not hasattr(accelerator, "waiting"):  # over Gloo: in NCCL they would keep their GPUs busy, which engines need
-        accelerator.waiting = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
-    torch.distributed.barrier(accelerator.waiting)
-    outcome = [None, True]  # the result, and whether it is wanting
+    if not hasattr(on_main, "group"):  # over Gloo: waiting in NCCL would keep the GPUs busy, which engines need
+        on_main.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+    torch.distributed.barrier(on_main.group)
+    outcome = [None, True]  # the result, and whether there is none
     try:
         outcome = [compute(*inputs), False] if accelerator.is_main_process else outcome
     except Exception:
-        torch.distributed.broadcast_object_list(outcome, 0, accelerator.waiting)
+        torch.distributed.broadcast_object_list(outcome, 0, on_main.group)
         raise
-    torch.distributed.broadcast_object_list(outcome, 0, accelerator.waiting)
+    torch.distributed.broadcast_object_list(outcome, 0, on_main.group)
     if outcome[1]:
         raise SystemExit(1)  # the main process says why
     return outcome[0]
@@ -861,19 +853,16 @@ class LiveModel:
         fits, processes = max(1, min(self.sequences, 2**16 // longest)), self.accelerator.num_processes
         size = max(1, min(fits // n, math.ceil(len(prompts) / processes)))
         batches = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
-        found = []
-        for first in range(0, len(batches), processes):  # all make the same calls: ZeRO-3 needs them together
-            part = batches[first : first + processes]
-            (places,) = split_evenly(part, self.accelerator)
-            drawn = [[] for _ in places]
-            for start in range(0, n, fits):
-                mine, now = [prompts[i] for i in places], min(fits, n - start)
-                seed = None if seeds is None else seeds[places[0]] + start
-                more = generate(self.model, self.tokenizer, mine, now, max_new_tokens, seed, temperature)
-                for completions, token_ids in zip(drawn, more, strict=True):
-                    completions += [Completion(ids, None) for ids in token_ids]
-            found += chain(*accelerate.utils.gather_object([drawn])[: len(part)])
-        return found
+        jobs, found = [(places, start) for places in batches for start in range(0, n, fits)], []
+        for first in range(0, len(jobs), processes):  # all make the same calls: ZeRO-3 needs them together
+            part = jobs[first : first + processes]
+            ((places, start),) = split_evenly(part, self.accelerator)
+            seed = None if seeds is None else seeds[places[0]] + start
+            how = (min(fits, n - start), max_new_tokens, seed, temperature)
+            drawn = generate(self.model, self.tokenizer, [prompts[i] for i in places], *how)
+            for completions in chain(*accelerate.utils.gather_object([drawn])[: len(part)]):
+                found += [Completion(token_ids, None) for token_ids in completions]
+        return [found[i : i + n] for i in range(0, len(found), n)]  # only a prompt alone has several jobs
 
     def update_weights(self, model):
         """The weights that it samples from are the model's own."""
@@ -883,9 +872,9 @@ class LiveModel:
 
 
 class VLLMEngines:
-    """vLLM engines, each in a Ray actor of its own: on the GPUs of the training processes but isolated from them, which
-    never import vLLM (App. B). RAY_ADDRESS names the cluster; without it one is started here, and ended again. All
-    methods without an underscore are called on every process."""
+    """vLLM engines, each in a Ray actor: on the GPUs of the training processes, which never import vLLM (App. B).
+    RAY_ADDRESS names the cluster; without it one is started here, and ended again. All methods without an underscore
+    are called on every process."""
 
     def __init__(
         self, accelerator, checkpoint, tokenizer, max_length, logs, model=None, memory=0.3, gpus=1, patience_minutes=60
@@ -965,7 +954,7 @@ class VLLMEngines:
         # Not named_parameters(): it leaves out a head that is tied to the embedding, and the engine would keep its own.
         weights = self.accelerator.unwrap_model(model).state_dict(keep_vars=True)
         shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in weights.items()}
-        room = max(1 << 28, *(math.prod(shape) for shape in shapes.values()))
+        room = max(1 << 28, *map(math.prod, shapes.values()))
         self.layout, end = [[]], 0  # chunks that fill the buffer: (name, shape, first, last)
         for name, shape in shapes.items():
             if end + math.prod(shape) > room:
@@ -1068,8 +1057,8 @@ class WeightReceiver:
         self.control = process_group(self.store, "control", "cpu", rank, size, minutes)
         if rank in apart:
             self.buffer = torch.empty(numel, dtype=self.model_config.dtype, device=self.device)
-            place = 1 + apart.index(rank)
-            self.data = process_group(self.store, "data", self.device.type, place, 1 + len(apart), minutes)
+            rank = 1 + apart.index(rank)
+            self.data = process_group(self.store, "data", self.device.type, rank, 1 + len(apart), minutes)
         else:
             handle = handles[self.gpu()]  # its 6 is the GPU's number, which is another one in this process
             self.buffer = rebuild_cuda_tensor(*handle[:6], self.device.index, *handle[7:])
