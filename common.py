@@ -131,8 +131,7 @@ TEMPLATES = {
         extract_r1,
     ),
 }
-# The same without the preamble, of which the embedded model would make nothing but a longer sequence.
-TEMPLATES["r1-short"] = TEMPLATES["r1"]._replace(prompt="User: {problem}\nAssistant: <think>")
+TEMPLATES["r1-short"] = TEMPLATES["r1"]._replace(prompt="User: {problem}\nAssistant: <think>")  # for small models
 
 
 @dataclass
@@ -250,9 +249,8 @@ HUB_NAME = re.compile(r"[^./~][^/]*/[^/]*")  # owner/name, of a data set or of a
 
 def load_problems(data: str, split: str, required: bool = True) -> list[dict]:
     """-> rows {"id", "source", "problem", "answer"} and, where known, "solution", "level" (an int).
-    data: a folder with {split}.jsonl, a file of JSON lines, or a data set on the hub. A missing split gives [] unless
-    `required`. Bad rows end the script; but an empty answer in up to one row of a thousand (MATH has two in 12,000) is
-    left to `encode`, which drops and counts it."""
+    data: a folder with {split}.jsonl, a file, or a hub name. A missing split gives [] unless `required`. Bad rows end
+    the script; but up to one empty answer in a thousand (MATH has two in 12,000) is left for `encode` to drop."""
     folder = Path(data).is_dir()
     path = Path(data) / f"{split}.jsonl" if folder else Path(data)
     if path.is_file():
@@ -303,10 +301,8 @@ def read_hub(name: str, split: str, required: bool) -> list[tuple[str, dict]]:
     try:
         splits = datasets.load_dataset(name)
     except Exception as error:  # whatever went wrong is shown to the user, and the script ends
-        refuse(
-            f"data set {name} cannot be loaded ({first_line(error)}); is this machine online, and the name right? "
-            "--data also takes a folder with train.jsonl and test.jsonl"
-        )
+        why = f"data set {name} cannot be loaded ({first_line(error)}); is this machine online, and the name right?"
+        refuse(f"{why} --data also takes a folder with train.jsonl and test.jsonl")
     if split not in splits:
         if not required:
             return []
@@ -422,9 +418,8 @@ def textual(answer: str) -> str:
 
 
 def verdict_at_sight(gold: str, prediction: str) -> bool | None:
-    """The verdict where it takes no algebra, and where math-verify's lenience would take for right what is not: it
-    evaluates 28-29 to -1, so that copying a problem would solve it, takes the last part of a chain of equations, and
-    leaves out a number's base. None where math-verify is to decide."""
+    """The verdict where it takes no algebra, or where math-verify is too lenient: it evaluates 28-29 (so that copying a
+    problem would solve it), takes the last of a chain of equations, and drops a number's base. None: it may decide."""
     gold, prediction = plain(gold), plain(prediction)
     gold_based, based = (BASED.fullmatch(answer.replace(" ", "")) for answer in (gold, prediction))
     if based and (not gold_based or gold_based.groups() != based.groups()):
@@ -465,8 +460,7 @@ class Grader:
 
         self.seconds, self.max_characters = seconds, max_characters
         self.verdicts: dict[tuple[str, str | None], bool] = {}
-        # A fork server starts a killed process again in milliseconds, and forks nothing that has threads or a GPU.
-        context = multiprocessing.get_context("forkserver")
+        context = multiprocessing.get_context("forkserver")  # quick to replace a killed process; no threads, no GPU
         context.set_forkserver_preload(["common", "math_verify"])
         self.pool = pebble.ProcessPool(workers, context=context, initializer=bound_memory, initargs=[megabytes])
         if not self.pool.schedule(is_right, ["\\frac{1}{2}", "0.5"], timeout=120).result():
@@ -534,8 +528,8 @@ def exact_pass_at_n(log_p, n: int) -> np.ndarray:
 
 
 def batch_that_fits(examples: list[Example], max_new_tokens: int, tokenizer, batch_size: int) -> int:
-    """At most batch_size sequences, fewer where their logits would pass 2^28 numbers or the batch 2^16 tokens: about
-    4 GB of logits with their copies, and 8 GB of keys and values for Llama-3-8B."""
+    """At most batch_size sequences, fewer where logits would pass 2^28 numbers (4 GB with copies) or the batch 2^16
+    tokens (8 GB of keys and values for Llama-3-8B)."""
     prompt = max((len(example.prompt_ids) for example in examples), default=1)
     completion = max([max_new_tokens, *(len(example.completion_ids) for example in examples)])
     return max(1, min(batch_size, 2**28 // ((completion + 1) * len(tokenizer)), 2**16 // (prompt + completion)))
@@ -730,10 +724,8 @@ def from_hub_or_folder(kind, model: str, **settings):
     except (OSError, ValueError, SafetensorError) as error:  # gated, missing, offline, broken
         if Path(model).is_dir():
             refuse(f"{model} cannot be loaded: {first_line(error)}")
-        refuse(
-            f"{model} is no folder here and cannot be fetched from the hub. If it is gated, accept its licence on its "
-            f"page and run `hf auth login`; if this machine is offline, give a folder. ({first_line(error)})"
-        )
+        why = f"{model} is no folder here and cannot be fetched from the hub. If it is gated, accept its licence on its"
+        refuse(f"{why} page and run `hf auth login`; if this machine is offline, give a folder. ({first_line(error)})")
 
 
 def split_evenly(items: list, accelerator) -> list:
@@ -872,16 +864,14 @@ class LiveModel:
 
 
 class VLLMEngines:
-    """vLLM engines, each in a Ray actor: on the GPUs of the training processes, which never import vLLM (App. B).
-    RAY_ADDRESS names the cluster; without it one is started here, and ended again. All methods without an underscore
-    are called on every process."""
+    """vLLM engines, each in a Ray actor: on the GPUs of the training processes, which never import vLLM (App. B), in
+    the cluster RAY_ADDRESS or one started here. Methods without an underscore are called on every process."""
 
     def __init__(
         self, accelerator, checkpoint, tokenizer, max_length, logs, model=None, memory=0.3, gpus=1, patience_minutes=60
     ):
-        """checkpoint: folder or hub name, for the architecture, and for the weights unless `model` is there to give its
-        own. max_length: tokens of prompt and completion. logs: folder for engine-<i>.log. memory: share of each GPU's
-        memory. gpus: GPUs an engine. patience_minutes: the limit of every wait for an engine."""
+        """model: to take the weights from, else the checkpoint's. max_length: tokens of prompt and completion. logs:
+        folder of engine-<i>.log. memory: share of each GPU's. gpus: of an engine. patience_minutes: limit of a wait."""
         self.accelerator, self.eos, self.logs = accelerator, tokenizer.eos_token_id, Path(logs).absolute()
         self.engines, self.cuda, self.patience_minutes = [], accelerator.device.type == "cuda", patience_minutes
         settings = {"model": checkpoint, "dtype": "bfloat16" if self.cuda else "float32", "max_model_len": max_length}
