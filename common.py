@@ -363,7 +363,6 @@ class Refill:
             kept = self.accept(values[-1]).nonzero().flatten().tolist()[:room]
             accepted += [ids[i] for i in kept]
             trained = len(accepted) if straight else trained
-            # Candidates behind the one that fills the step go back to the stream.
             self.position += kept[-1] + 1 if len(accepted) == self.batch_size else len(ids)
         candidates = self.position - start
         self.recent = (len(accepted), candidates) if candidates else self.recent
