@@ -1,9 +1,8 @@
 """What the scripts share, in sections that can be copied one by one: the loss, tokens and templates, data, refill,
-grading, coverage, accelerate, files.
+grading, coverage, accelerate, files, engines.
 
 Symbols as in the paper: x a problem, y its answer, p = p̂(y|x) the probability that the model gives to the whole answer,
-end-of-sequence token included; N samples at test time, N' in the training loss.
-"""
+end-of-sequence token included; N samples at test time, N' in the training loss."""
 
 import atexit
 import hashlib
@@ -18,15 +17,14 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, namedtuple
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import accelerate
 import numpy as np
@@ -52,9 +50,7 @@ def dco_loss(log_p: torch.Tensor, n: float) -> torch.Tensor:
     and dtype, computed in float64; the gradient is -dco_factor(log_p, n)."""
 
     def log1mexp(x):  # log(1 - e^x) for x < 0, with all its digits at both ends; neither side of `where` makes a NaN
-        near_zero = x > -0.693
-        far = torch.where(near_zero, -1.0, x)
-        return torch.where(near_zero, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(far)))
+        return torch.where(x > -0.693, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x.clamp(max=-0.693))))
 
     if n == 1:
         return -log_p
@@ -73,9 +69,7 @@ def dco_factor(log_p: torch.Tensor, n: float) -> torch.Tensor:
     1 for N = 1 and as p -> 0, 0 at p = 1 for N > 1. To weight a loss with it, detach it."""
 
     def log1mexp(x):  # log(1 - e^x) for x < 0, with all its digits at both ends; neither side of `where` makes a NaN
-        near_zero = x > -0.693
-        far = torch.where(near_zero, -1.0, x)
-        return torch.where(near_zero, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(far)))
+        return torch.where(x > -0.693, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x.clamp(max=-0.693))))
 
     if n == 1:
         return torch.ones_like(log_p)
@@ -90,25 +84,20 @@ def dco_factor(log_p: torch.Tensor, n: float) -> torch.Tensor:
 
 def completion_log_probs(model, batch: dict) -> torch.Tensor:
     """log p̂(y|x) of each completion, its end-of-sequence token included: float32 [B], with the gradient.
-    batch holds (see `collate`) input_ids, attention_mask, position_ids [B, T] and completion_ids, completion_mask
-    [B, C], laid out as [pad … prompt][completion … pad]: all completions start at the same column, so the model is
-    asked for the logits of the last C + 1 columns only, and a vocabulary of 128k stays out of memory."""
+    batch: input_ids, attention_mask, position_ids [B, T] and completion_ids, completion_mask [B, C], laid out as
+    [pad … prompt][completion … pad] (see `collate`): all completions start at the same column, so that the logits of
+    the last C + 1 columns suffice, and a vocabulary of 128k stays out of memory."""
     width = batch["completion_ids"].shape[1]
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits
     logits = logits[:, -width - 1 : -1].float()  # [B, C, V]; column t predicts completion token t
     chosen = logits.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
-    token_log_probs = chosen - logits.logsumexp(-1)  # [B, C]
-    return token_log_probs.masked_fill(~batch["completion_mask"], 0.0).sum(-1)
+    return (chosen - logits.logsumexp(-1)).masked_fill(~batch["completion_mask"], 0.0).sum(-1)
 
 
 # ---- Tokens and templates: prompts, completions, the collator, sampling ----------------------------------------------
-class Template(NamedTuple):
-    """How a row becomes a prompt and a completion, and how an answer is read out of a completion."""
-
-    prompt: str
-    completion: str
-    extract: Callable[[str], str | None]
+# How a row becomes a prompt and a completion (two formats), and an answer is read out of one (text -> answer or None).
+Template = namedtuple("Template", ["prompt", "completion", "extract"])
 
 
 def extract_boxed(text: str) -> str | None:
@@ -130,12 +119,9 @@ def extract_r1(text: str) -> str | None:
 
 
 TEMPLATES = {
-    # §4: the answer alone, without any reasoning.
-    "direct": Template("{problem}\n", "{answer}", lambda text: text.strip() or None),
-    # §5.4: the golden solution; its last \boxed{} is the answer.
-    "cot": Template("{problem}\n", "{solution}", extract_boxed),
-    # App. B: the prompt of DeepSeek-R1, which GRPO is trained with.
-    "r1": Template(
+    "direct": Template("{problem}\n", "{answer}", lambda text: text.strip() or None),  # §4: the answer alone
+    "cot": Template("{problem}\n", "{solution}", extract_boxed),  # §5.4: the golden solution, its answer in a box
+    "r1": Template(  # App. B: the prompt of DeepSeek-R1, which GRPO is trained with
         "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The "
         "Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. "
         "The reasoning process is enclosed within <think> </think> and the answer is enclosed within <answer> "
@@ -145,8 +131,7 @@ TEMPLATES = {
         extract_r1,
     ),
 }
-# The same without the preamble, of which the embedded model would make nothing but a longer sequence.
-TEMPLATES["r1-short"] = TEMPLATES["r1"]._replace(prompt="User: {problem}\nAssistant: <think>")
+TEMPLATES["r1-short"] = TEMPLATES["r1"]._replace(prompt="User: {problem}\nAssistant: <think>")  # for small models
 
 
 @dataclass
@@ -165,11 +150,9 @@ def encode(rows: list[dict], tokenizer, template: str, max_length: int) -> tuple
     """Tokenise prompt and completion apart. -> (examples, {why: how many rows were dropped})."""
     form, examples, dropped = TEMPLATES[template], [], Counter()
     for row in rows:
-        if "{solution}" in form.completion and not row.get("solution", "").strip():
-            dropped["without a solution"] += 1
-            continue
-        if "{answer}" in form.completion and not row["answer"].strip():
-            dropped["without an answer"] += 1
+        without_solution = "{solution}" in form.completion and not row.get("solution", "").strip()
+        if without_solution or ("{answer}" in form.completion and not row["answer"].strip()):
+            dropped["without a solution" if without_solution else "without an answer"] += 1
             continue
         try:
             prompt_ids = tokenizer(form.prompt.format(**row)).input_ids
@@ -181,32 +164,26 @@ def encode(rows: list[dict], tokenizer, template: str, max_length: int) -> tuple
             text = (form.prompt + form.completion).format(**row)
             strange = next((c for c in text if unknown in tokenizer(c, add_special_tokens=False).input_ids), text)
             refuse(f"{row['source']}: the tokenizer has no token for {strange!r}; remove it or use another model")
-        example = Example(row["id"], prompt_ids, completion_ids + [tokenizer.eos_token_id])
-        if len(example) > max_length:  # dropped, never cut: an example without its end would teach not to end
+        examples.append(Example(row["id"], prompt_ids, completion_ids + [tokenizer.eos_token_id]))
+        if len(examples[-1]) > max_length:  # dropped, never cut: an example without its end would teach not to end
+            examples.pop()
             dropped["too long"] += 1
-        else:
-            examples.append(example)
     return examples, dict(dropped)
 
 
 def collate(examples: list[Example], pad_id: int, device="cpu") -> dict:
     """Lay out [pad … prompt][completion … pad]; masks come from the lengths, since pad may be the same id as EOS.
     -> input_ids, attention_mask, position_ids [B, T]; completion_ids, completion_mask [B, C]."""
-    prompt_width = max(len(example.prompt_ids) for example in examples)
-    completion_width = max(len(example.completion_ids) for example in examples)
-    input_ids = torch.full((len(examples), prompt_width + completion_width), pad_id)
+    width = max(len(example.prompt_ids) for example in examples)
+    input_ids = torch.full((len(examples), width + max(len(example.completion_ids) for example in examples)), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     for i, example in enumerate(examples):
-        first, last = prompt_width - len(example.prompt_ids), prompt_width + len(example.completion_ids)
-        input_ids[i, first:last] = torch.tensor(example.prompt_ids + example.completion_ids)
-        attention_mask[i, first:last] = 1
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
-        "completion_ids": input_ids[:, prompt_width:],
-        "completion_mask": attention_mask[:, prompt_width:].bool(),
-    }
+        place = slice(width - len(example.prompt_ids), width + len(example.completion_ids))
+        input_ids[i, place] = torch.tensor(example.prompt_ids + example.completion_ids)
+        attention_mask[i, place] = 1
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    batch["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    batch |= {"completion_ids": input_ids[:, width:], "completion_mask": attention_mask[:, width:].bool()}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -222,13 +199,9 @@ def pad_token_id(tokenizer) -> int:
 
 
 @torch.no_grad()
-def generate(
-    model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: int, seed: int | None, temperature=1.0
-):
-    """n completions of each prompt by `model.generate`; seed None means greedy.
-
-    -> for each prompt, n lists of token ids, cut after the end-of-sequence token where there is one.
-    """
+def generate(model, tokenizer, prompts: list, n: int, max_new_tokens: int, seed: int | None, temperature=1.0) -> list:
+    """n completions of each prompt (token ids) by `model.generate`; seed None means greedy.
+    -> for each prompt, n lists of token ids, cut after the end-of-sequence token where there is one."""
     device = next(model.parameters()).device
     batch = collate([Example(0, ids, []) for ids in prompts], pad_token_id(tokenizer), device)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -236,15 +209,12 @@ def generate(
     config = neutral_generation_config(tokenizer, max_new_tokens=max_new_tokens, num_return_sequences=n, **how)
     training = model.training
     model.eval()
-    # Sampling must not move the random state of a training run.
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a training run's state does not move
         torch.manual_seed(seed or 0)
         output = model.generate(**inputs, generation_config=config)
     model.train(training)
-    completions = []
-    for ids in output[:, inputs["input_ids"].shape[1] :].tolist():
-        end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-        completions.append(ids[:end])
+    eos, completions = tokenizer.eos_token_id, output[:, inputs["input_ids"].shape[1] :].tolist()
+    completions = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in completions]
     return [completions[i : i + n] for i in range(0, len(completions), n)]
 
 
@@ -272,28 +242,21 @@ def seed_of(*parts) -> int:
 
 # ---- Data: problems from JSON lines or from a hub --------------------------------------------------------------------
 # Our field <- the names under which data sets carry it; the first that is there is taken.
-COLUMNS = {
-    "problem": ("problem", "Problem", "question"),
-    "answer": ("answer", "Answer", "final_answer"),
-    "solution": ("solution", "Solution"),
-    "level": ("level", "Level"),
-}
+COLUMNS = {"problem": ("problem", "Problem", "question"), "answer": ("answer", "Answer", "final_answer")}
+COLUMNS |= {"solution": ("solution", "Solution"), "level": ("level", "Level")}
 HUB_NAME = re.compile(r"[^./~][^/]*/[^/]*")  # owner/name, of a data set or of a model; no path
 
 
 def load_problems(data: str, split: str, required: bool = True) -> list[dict]:
     """-> rows {"id", "source", "problem", "answer"} and, where known, "solution", "level" (an int).
-    data: a folder with {split}.jsonl, a file of JSON lines, or the name of a data set on the hub. A missing split
-    gives [] unless `required`. Bad rows end the script with the file, the line and the field; but an empty answer in up
-    to one row of a thousand (MATH has two in 12,000) is left to `encode`, which drops and counts it."""
-    path = Path(data)
-    if path.is_dir():
-        path = path / f"{split}.jsonl"
-        if not path.is_file():
-            return refuse(f"{path} does not exist: --data needs {split}.jsonl") if required else []
-        found = read_json_lines(path)
-    elif path.is_file():
-        found = read_json_lines(path) if required else []
+    data: a folder with {split}.jsonl, a file, or a hub name. A missing split gives [] unless `required`. Bad rows end
+    the script; but up to one empty answer in a thousand (MATH has two in 12,000) is left for `encode` to drop."""
+    folder = Path(data).is_dir()
+    path = Path(data) / f"{split}.jsonl" if folder else Path(data)
+    if path.is_file():
+        found = read_json_lines(path) if folder or required else []  # a file is no more than the required split
+    elif folder:
+        found = refuse(f"{path} does not exist: --data needs {split}.jsonl") if required else []
     elif HUB_NAME.fullmatch(data):
         found = read_hub(data, split, required)
     else:
@@ -307,9 +270,7 @@ def load_problems(data: str, split: str, required: bool = True) -> list[dict]:
         for field in ("problem", "answer"):
             if not row.get(field, "").strip():
                 told = f"{source}: field {field!r} is missing or empty; every row needs a problem and an answer"
-                if field == "problem" or field not in row:
-                    refuse(told)
-                unanswered.append(told)
+                unanswered += [told] if field == "answer" and field in row else refuse(told)
         if "level" in row:
             row["level"] = int((re.findall(r"\d+", row["level"]) or [0])[0])
         rows.append(row)
@@ -340,10 +301,8 @@ def read_hub(name: str, split: str, required: bool) -> list[tuple[str, dict]]:
     try:
         splits = datasets.load_dataset(name)
     except Exception as error:  # whatever went wrong is shown to the user, and the script ends
-        refuse(
-            f"data set {name} cannot be loaded ({first_line(error)}); is this machine online, and the name right? "
-            "--data also takes a folder with train.jsonl and test.jsonl"
-        )
+        why = f"data set {name} cannot be loaded ({first_line(error)}); is this machine online, and the name right?"
+        refuse(f"{why} --data also takes a folder with train.jsonl and test.jsonl")
     if split not in splits:
         if not required:
             return []
@@ -358,26 +317,20 @@ def first_line(error: Exception) -> str:
 
 
 # ---- Refill: which examples a step is made of (§5.1, App. B) ---------------------------------------------------------
-@dataclass
-class Step:
-    """The examples of one optimizer step, in stream order, and what was measured of every candidate looked at."""
-
-    ids: list[int]  # positions in the list of examples
-    candidates: int  # up to and with the last one used; later ones went back to the stream
-    values: torch.Tensor  # [candidates], what `score` or `train` returned of each
+# An optimizer step. ids: positions of its examples in their list, in stream order. candidates: how many were looked at,
+# up to and with the last one used; later ones went back. values [candidates]: what `score` or `train` returned of each.
+Step = namedtuple("Step", ["ids", "candidates", "values"])
 
 
 class Refill:
     """Cuts the stream of candidates into steps of examples that matter (§5.1: "replaced with new training examples").
-    A step is the first `batch_size` candidates that `accept` lets in under that step's weights, whatever the number of
-    processes, the micro-batch and the way of computing. The stream is a fresh permutation each epoch and goes on right
-    after the last candidate used. Accepted candidates that fill no step by the end of an epoch lead the next one (and
-    are struck out of it further down); those of the last epoch make a short step.
-
-    There are two ways to compute a step: score the candidates without gradient first, then train on the accepted (a
-    candidate costs 1 + k·a forwards, a the share accepted, k the cost of forward and backward in forwards), or train
-    straight, with the rejected contributing zero (k). The cheaper one changes at a = (k-1)/k and is chosen anew each
-    round from the share seen in this step and the one before."""
+    A step is the first `batch_size` candidates that `accept` lets in under its weights, whatever the processes, the
+    micro-batch and the way of computing. The stream is a fresh permutation each epoch and goes on right after the last
+    candidate used. Accepted candidates that fill no step by the end of an epoch lead the next one (and are struck out
+    of it further down); those of the last epoch make a short step.
+    Either the candidates are scored without gradient first (each costs 1 + k·a forwards, a the share accepted, k the
+    cost of forward and backward in forwards), or all are trained on straight, the rejected contributing zero (k). The
+    cheaper way changes at a = (k-1)/k, and is chosen each round from the share seen in this step and the one before."""
 
     def __init__(self, size, batch_size, accept, seed, processes=1, micro_batch_size=8, backward_cost=3):
         """accept: values [n] -> bool [n], None lets every one in unscored. backward_cost: k, None scores always."""
@@ -390,47 +343,40 @@ class Refill:
         self.epoch, self.position, self.last_epoch = self.epoch + 1, 0, last
         generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", self.epoch))
         permutation = torch.randperm(self.size, generator=generator).tolist()
-        self.order = list(dict.fromkeys(self.leftovers + permutation))
-        self.leftovers = []
+        self.order, self.leftovers = list(dict.fromkeys(self.leftovers + permutation)), []
 
     def next_step(self, score, train, discard) -> Step | None:
         """Compute the gradients of the next step; None at the end of the epoch.
         score(ids) -> values [len(ids)], without gradient.
         train(ids, room, count, chosen) -> values [len(ids)]: adds the gradients of the mean over `count` examples, from
-            all `ids` if chosen, else from the first `room` that `accept` lets in. The call that fills `room` is the
-            last one of the step.
+            all `ids` if chosen, else from the first `room` accepted. The call that fills `room` is the step's last.
         discard() throws away the gradients added so far."""
-        accepted, values, trained, start = [], [], 0, self.position
-        while len(accepted) < self.batch_size and self.position < len(self.order):
+        values, trained, start = [], 0, self.position
+        accepted = [] if self.accept else self.order[start : start + self.batch_size]
+        self.position += len(accepted)
+        while self.accept and len(accepted) < self.batch_size and self.position < len(self.order):
             room = self.batch_size - len(accepted)
             rate = (self.recent[0] + len(accepted) + 1) / (self.recent[1] + self.position - start + 1)
-            if self.accept is None:
-                ids = self.order[self.position : self.position + room]
-                kept = range(len(ids))
-            else:
-                straight = trained == len(accepted) and self.straight_pays(room, rate)
-                ids = self.order[self.position : self.position + self.round_size(room, rate, straight)]
-                found = train(ids, room, self.batch_size, chosen=False) if straight else score(ids)
-                kept = self.accept(found).nonzero().flatten().tolist()[:room]
-                values.append(found)
+            straight = trained == len(accepted) and self.straight_pays(room, rate)
+            ids = self.order[self.position : self.position + self.round_size(room, rate, straight)]
+            values.append(train(ids, room, self.batch_size, chosen=False) if straight else score(ids))
+            kept = self.accept(values[-1]).nonzero().flatten().tolist()[:room]
             accepted += [ids[i] for i in kept]
-            trained = len(accepted) if self.accept is not None and straight else trained
-            # Surplus candidates, behind the one that fills the step, go back to the stream and keep nothing.
+            trained = len(accepted) if straight else trained
             self.position += kept[-1] + 1 if len(accepted) == self.batch_size else len(ids)
         candidates = self.position - start
         self.recent = (len(accepted), candidates) if candidates else self.recent
-        short = len(accepted) < self.batch_size
-        if short and trained:  # the share accepted fell so fast that a straight step was begun and cannot be filled
-            discard()
-            trained = 0
-        if short and not self.last_epoch:
-            self.leftovers = accepted
-            return None
+        if len(accepted) < self.batch_size:
+            if trained:  # the share accepted fell so fast that a straight step was begun and cannot be filled
+                discard()
+                trained = 0
+            if not self.last_epoch:
+                self.leftovers = accepted
+                return None
         round_size = self.processes * self.micro_batch_size
         for i in range(trained, len(accepted), round_size):
             found = train(accepted[i : i + round_size], len(accepted) - i, len(accepted), chosen=True)
-            if self.accept is None:
-                values.append(found)
+            values += [] if self.accept else [found]
         return Step(accepted, candidates, torch.cat(values)[:candidates]) if accepted else None
 
     def straight_pays(self, room, rate):
@@ -447,9 +393,8 @@ class Refill:
         if self.k is None:  # scoring is sampling, which wants to be one call: nearly always as many as will do
             return math.ceil(room / rate + spread)
         wanted = math.ceil(max(room, room / rate - spread, 0.02 * self.batch_size / rate))
-        wanted = math.ceil(wanted / self.processes) * self.processes
-        # Without activations to keep, four micro-batches fit where one is trained.
-        return min(wanted, self.processes * self.micro_batch_size * (1 if straight else 4))
+        micro_batches = 1 if straight else 4  # so many fit without activations to keep
+        return self.processes * min(math.ceil(wanted / self.processes), self.micro_batch_size * micro_batches)
 
 
 # ---- Grading: math-verify in child processes that can be killed ------------------------------------------------------
@@ -472,9 +417,8 @@ def textual(answer: str) -> str:
 
 
 def verdict_at_sight(gold: str, prediction: str) -> bool | None:
-    """The verdict where it takes no algebra, and where math-verify's lenience would take for right what is not: it
-    evaluates 28-29 to -1, so that copying a problem would solve it, takes the last part of a chain of equations, and
-    leaves out a number's base. None where math-verify is to decide."""
+    """The verdict where it takes no algebra, or where math-verify is too lenient: it evaluates 28-29 (so that copying a
+    problem would solve it), takes the last of a chain of equations, and drops a number's base. None: it may decide."""
     gold, prediction = plain(gold), plain(prediction)
     gold_based, based = (BASED.fullmatch(answer.replace(" ", "")) for answer in (gold, prediction))
     if based and (not gold_based or gold_based.groups() != based.groups()):
@@ -487,7 +431,7 @@ def verdict_at_sight(gold: str, prediction: str) -> bool | None:
 
 
 def bound_memory(megabytes: int):
-    """Runs first in each grading process: what it does from now on may take so much memory and no more."""
+    """Runs first in each grading process, which may take so much memory from now on and no more."""
     import math_verify  # noqa: F401  (not in the time of the first answer)
 
     logging.disable(logging.CRITICAL)  # math-verify logs every text that it cannot read
@@ -499,8 +443,7 @@ def is_right(gold: str, prediction: str) -> bool:
     limits use signals and can hang; they are off, and this runs in a process that is killed when it takes too long."""
     from math_verify import LatexExtractionConfig, parse, verify
 
-    config = [LatexExtractionConfig()]
-    answers = [parse(f"${plain(text)}$", config, parsing_timeout=None) for text in (gold, prediction)]
+    answers = [parse(f"${plain(one)}$", [LatexExtractionConfig()], parsing_timeout=None) for one in (gold, prediction)]
     return bool(verify(*answers, timeout_seconds=None))
 
 
@@ -516,8 +459,7 @@ class Grader:
 
         self.seconds, self.max_characters = seconds, max_characters
         self.verdicts: dict[tuple[str, str | None], bool] = {}
-        # A fork server starts a killed process again in milliseconds, and forks nothing that has threads or a GPU.
-        context = multiprocessing.get_context("forkserver")
+        context = multiprocessing.get_context("forkserver")  # quick to replace a killed process; no threads, no GPU
         context.set_forkserver_preload(["common", "math_verify"])
         self.pool = pebble.ProcessPool(workers, context=context, initializer=bound_memory, initargs=[megabytes])
         if not self.pool.schedule(is_right, ["\\frac{1}{2}", "0.5"], timeout=120).result():
@@ -542,11 +484,9 @@ class Grader:
 
     def count_right(self, golds: list[str], answers: list[Counter]) -> list[int]:
         """How many samples of each problem are right, in whatever way they write it. answers: see `count_answers`."""
-        self.grade([(gold, answer) for gold, counts in zip(golds, answers, strict=True) for answer in counts])
-        return [
-            sum(count for answer, count in counts.items() if self.verdicts[gold, answer])
-            for gold, counts in zip(golds, answers, strict=True)
-        ]
+        pairs = list(zip(golds, answers, strict=True))
+        self.grade([(gold, answer) for gold, counts in pairs for answer in counts])
+        return [sum(counts[one] for one in counts if self.verdicts[gold, one]) for gold, counts in pairs]
 
     def close(self):
         self.pool.stop()
@@ -559,11 +499,9 @@ def pass_at_n(n: int, c, k: int) -> np.ndarray:
     were right. Exact products, no binomials: right for n to 1e5. k > n is refused: no unbiased estimate exists."""
     if k > n:
         raise ValueError(f"pass@{k} cannot be estimated from {n} samples: draw at least {k}")
-    c = np.asarray(c)
-    # C(n-c, k) / C(n, k) = Π_{i=0}^{c-1} (n-k-i) / (n-i): one table for all c by a running product.
-    i = np.arange(n)
+    i = np.arange(n)  # C(n-c, k) / C(n, k) = Π_{i=0}^{c-1} (n-k-i) / (n-i): one table for all c by a running product
     all_wrong = np.concatenate([[1.0], np.cumprod(np.maximum(n - k - i, 0) / (n - i))])
-    return 1 - all_wrong[c]
+    return 1 - all_wrong[np.asarray(c)]
 
 
 def sampled_summary(accelerator, sampler, tokenizer, grader, examples, golds, args) -> dict:
@@ -575,9 +513,7 @@ def sampled_summary(accelerator, sampler, tokenizer, grader, examples, golds, ar
     def measure():
         answers = [count_answers(completions, tokenizer, args.template) for completions in found]
         right = grader.count_right(golds, answers)
-        modes = [
-            max([count for answer, count in counts.items() if answer is not None], default=0) for counts in answers
-        ]
+        modes = [max([0, *(counts[answer] for answer in counts if answer is not None)]) for counts in answers]
         coverage = {f"pass@{k}": float(pass_at_n(n, right, k).mean()) for k in (1, 16, 64) if k <= n}
         return coverage | {"mode_confidence": float(np.mean(modes)) / n}
 
@@ -591,8 +527,8 @@ def exact_pass_at_n(log_p, n: int) -> np.ndarray:
 
 
 def batch_that_fits(examples: list[Example], max_new_tokens: int, tokenizer, batch_size: int) -> int:
-    """At most batch_size sequences, fewer where their logits would pass 2^28 numbers or the batch 2^16 tokens: about
-    4 GB of logits with their copies, and 8 GB of keys and values for Llama-3-8B."""
+    """At most batch_size sequences, fewer where logits would pass 2^28 numbers (4 GB with copies) or the batch 2^16
+    tokens (8 GB of keys and values for Llama-3-8B)."""
     prompt = max((len(example.prompt_ids) for example in examples), default=1)
     completion = max([max_new_tokens, *(len(example.completion_ids) for example in examples)])
     return max(1, min(batch_size, 2**28 // ((completion + 1) * len(tokenizer)), 2**16 // (prompt + completion)))
@@ -667,13 +603,10 @@ def zero_config(stage: int, clip: float, micro_batch_size: int) -> dict:
     }
 
 
-def make_accelerator(
-    report_to: str = "none", out: Path | None = None, zero: int = 0, clip=1.0, micro_batch_size=1, patience_minutes=30
-):
+def make_accelerator(report_to="none", out=None, zero=0, clip=1.0, micro_batch_size=1, patience_minutes=30):
     """The Accelerator, and a check that as many processes met as were launched: apart, they would train apart.
     patience_minutes: how long a process waits for the others before it gives up."""
     cuda, launched = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
-    together = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(minutes=patience_minutes)}
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # it would divide every loss once more
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, in the middle of the progress bar
@@ -684,16 +617,14 @@ def make_accelerator(
             refuse(f"{name} is asked for but not installed: pip install {name}")
     if zero and "RANK" not in os.environ:
         refuse(f"--zero {zero} splits a model over processes: start them with accelerate launch or torchrun")
-    split = zero_config(zero, clip, micro_batch_size)
-    accelerator = accelerate.Accelerator(
-        cpu=not cuda and not zero,  # cpu=True would switch DeepSpeed off
-        mixed_precision="bf16" if cuda else "no",
-        log_with=None if report_to == "none" else report_to,
-        project_dir=out,
-        deepspeed_plugin=accelerate.DeepSpeedPlugin(hf_ds_config=split) if zero else None,
-        # Without it, DeepSpeed's processes on a CPU each believe that they are alone.
-        kwargs_handlers=[accelerate.InitProcessGroupKwargs(**together)] if launched > 1 else [],
-    )
+    settings = {"log_with": None if report_to == "none" else report_to, "project_dir": out}
+    settings |= {"mixed_precision": "bf16" if cuda else "no", "cpu": not cuda and not zero}  # cpu rules DeepSpeed out
+    if zero:
+        settings["deepspeed_plugin"] = accelerate.DeepSpeedPlugin(zero_config(zero, clip, micro_batch_size))
+    if launched > 1:  # without it, DeepSpeed's processes on a CPU each believe that they are alone
+        together = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(minutes=patience_minutes)}
+        settings["kwargs_handlers"] = [accelerate.InitProcessGroupKwargs(**together)]
+    accelerator = accelerate.Accelerator(**settings)
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED"):
         refuse(f"accelerate is set up for {kind}: these scripts take plain DDP, or --zero 2 or 3")
@@ -703,8 +634,8 @@ def make_accelerator(
 
 
 def backward(accelerator, model, loss: torch.Tensor, last: bool):
-    """Add the gradient of `loss`. In the last call of a step DDP averages it over the processes; DeepSpeed, which has
-    been averaging all along, clips and makes the update inside of that call."""
+    """Add the gradient of `loss`. In the last call of a step DDP averages over the processes; DeepSpeed, which has been
+    averaging all along, clips and makes the update inside of that call."""
     accelerator.sync_gradients = last
     with accelerator.trigger_sync_in_backward(model) if last else nullcontext():
         accelerator.backward(loss)
@@ -717,16 +648,16 @@ def discard_gradients(accelerator, optimizer):
     if accelerator.distributed_type.value == "DEEPSPEED":
         zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
         zero.zero_grad()
-        for name in ("all_grad_tensors", "averaged_gradients"):  # where stage 2 adds them up, in float32 and in bf16
-            if accelerator.state.deepspeed_plugin.zero_stage == 2:
+        if accelerator.state.deepspeed_plugin.zero_stage == 2:  # which adds them up here, in float32 and in bf16
+            for name in ("all_grad_tensors", "averaged_gradients"):
                 setattr(zero, name, dict.fromkeys(getattr(zero, name)))
 
 
 def end(accelerator):
     """Close trackers and leave the process group."""
     accelerator.wait_for_everyone()
-    # Gloo's thread still has to let go of the last collective's tensors, for which it needs the interpreter's lock; the
-    # group's destructor waits for that thread while it holds the lock. Without this pause a run can hang at its end.
+    # Gloo's thread needs the interpreter's lock to let go of the last collective's tensors, and the group's destructor
+    # holds that lock while it waits for the thread. Without this pause a run can hang at its end.
     time.sleep(0.2)
     accelerator.end_training()
 
@@ -742,8 +673,7 @@ def load_tokenizer(model: str):
 
 
 def load_config(model: str):
-    """The model's configuration, dropout off: p is that of the model which is going to be sampled, and the same in
-    every forward of a step."""
+    """The model's configuration, dropout off: p is that of the model which is sampled, in every forward of a step."""
     config = from_hub_or_folder(transformers.AutoConfig, model)
     config.update({name: 0.0 for name, value in vars(config).items() if "drop" in name and isinstance(value, float)})
     return config
@@ -777,9 +707,7 @@ def check_model(model: str) -> bool:
     """Refuse what is no model. -> whether it has weights: not a folder with a configuration only; hub names have."""
     folder = Path(model)
     if not folder.is_dir():
-        if not HUB_NAME.fullmatch(model):
-            refuse(f"{model}: there is no such folder")
-        return True
+        return bool(HUB_NAME.fullmatch(model)) or refuse(f"{model}: there is no such folder")
     if not (folder / "config.json").is_file():
         refuse(f"{model}: the folder has no config.json, so it is not a Hugging Face checkpoint")
     if any(folder.glob("*.safetensors")):
@@ -795,17 +723,15 @@ def from_hub_or_folder(kind, model: str, **settings):
     except (OSError, ValueError, SafetensorError) as error:  # gated, missing, offline, broken
         if Path(model).is_dir():
             refuse(f"{model} cannot be loaded: {first_line(error)}")
-        refuse(
-            f"{model} is no folder here and cannot be fetched from the hub. If it is gated, accept its licence on its "
-            f"page and run `hf auth login`; if this machine is offline, give a folder. ({first_line(error)})"
-        )
+        why = f"{model} is no folder here and cannot be fetched from the hub. If it is gated, accept its licence on its"
+        refuse(f"{why} page and run `hf auth login`; if this machine is offline, give a folder. ({first_line(error)})")
 
 
 def split_evenly(items: list, accelerator) -> list:
     """This process's share: every so many-th item, the last one repeated so that all processes do the same work."""
-    share = math.ceil(len(items) / accelerator.num_processes)
-    places = [min(accelerator.process_index + i * accelerator.num_processes, len(items) - 1) for i in range(share)]
-    return [items[i] for i in places]
+    end = math.ceil(len(items) / accelerator.num_processes) * accelerator.num_processes
+    places = range(accelerator.process_index, end, accelerator.num_processes)
+    return [items[min(i, len(items) - 1)] for i in places]
 
 
 def gather_in_order(values: torch.Tensor, count: int, accelerator) -> torch.Tensor:
@@ -814,33 +740,23 @@ def gather_in_order(values: torch.Tensor, count: int, accelerator) -> torch.Tens
     return by_process.T.reshape(-1)[:count]
 
 
-def gather_objects_in_order(objects: list, count: int, accelerator) -> list:
-    """The same for anything that can be pickled."""
-    gathered, share, processes = accelerate.utils.gather_object(objects), len(objects), accelerator.num_processes
-    return [gathered[i % processes * share + i // processes] for i in range(count)]
-
-
 def on_main(accelerator, compute, *inputs):
     """compute(*inputs) on the main process, once all have come so far; its result on all. What it raises ends all."""
     if accelerator.num_processes == 1:
         return compute(*inputs)
-    group, outcome = waiting_group(), [None, False]
-    torch.distributed.barrier(group)
+    if not hasattr(on_main, "group"):  # over Gloo: waiting in NCCL would keep the GPUs busy, which engines need
+        on_main.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+    torch.distributed.barrier(on_main.group)
+    outcome = [None, True]  # the result, and whether there is none
     try:
         outcome = [compute(*inputs), False] if accelerator.is_main_process else outcome
     except Exception:
-        torch.distributed.broadcast_object_list([None, True], 0, group)
+        torch.distributed.broadcast_object_list(outcome, 0, on_main.group)
         raise
-    torch.distributed.broadcast_object_list(outcome, 0, group)
+    torch.distributed.broadcast_object_list(outcome, 0, on_main.group)
     if outcome[1]:
         raise SystemExit(1)  # the main process says why
     return outcome[0]
-
-
-@cache
-def waiting_group():
-    """Processes that have nothing to do wait over Gloo: in NCCL they would keep their GPUs busy, which engines need."""
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def process_group(store, name: str, device: str, rank: int, size: int, minutes: float):
@@ -849,35 +765,20 @@ def process_group(store, name: str, device: str, rank: int, size: int, minutes: 
     return kind(torch.distributed.PrefixStore(name, store), rank, size, timedelta(minutes=minutes))
 
 
-def gpu_of(device: torch.device) -> str | None:
-    """A GPU's name, the same in all processes that see it."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-
-
-def whole(weight):
-    """In this context a weight that ZeRO-3 has split is whole, on every process."""
-    if not hasattr(weight, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([weight])
-
-
 # ---- Files: output folders and checkpoints ---------------------------------------------------------------------------
-RUN_FILES = ("args.json", "metrics.jsonl", "epochs.jsonl", "state")
+RUN_FILES = ("args.json", "metrics.jsonl", "epochs.jsonl", "state", "epoch-*", "step-*")
 
 
 def check_out(out: Path, overwrite: bool):
     """Refuse to write into a run that is there already."""
     if out.exists() and not out.is_dir():
         refuse(f"--out {out} is a file")
-    folders = [*out.glob("epoch-*"), *out.glob("step-*")]
-    found = [out / name for name in RUN_FILES if (out / name).exists()] + folders
+    found = [path for name in RUN_FILES for path in out.glob(name)]
     if found and not overwrite:
         refuse(f"--out {out} holds a run already ({found[0].name}): choose another folder, or --overwrite")
-    for folder in folders:
-        if not (folder / "dco.json").is_file() and folder.suffix != ".partial":
-            refuse(f"--out {out}: {folder.name} is no checkpoint, and --overwrite would not keep it: move it away")
+    for path in found:
+        if path.name not in RUN_FILES and not (path / "dco.json").is_file() and path.suffix != ".partial":
+            refuse(f"--out {out}: {path.name} is no checkpoint, and --overwrite would not keep it: move it away")
     ancestor = next(path for path in out.absolute().parents if path.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         refuse(f"--out {out}: nothing can be written to {ancestor}")
@@ -893,7 +794,7 @@ def make_folder(out: Path):
 def start_out(out: Path, args: dict):
     """Remove what an earlier run left in `out` and nothing else (`check_out` has asked); write args.json."""
     make_folder(out)
-    for old in [*out.glob("epoch-*"), *out.glob("step-*"), *(out / name for name in RUN_FILES)]:
+    for old in [path for name in RUN_FILES for path in out.glob(name)]:
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
     (out / "args.json").write_text(json.dumps(args, indent=2, default=str) + "\n")
 
@@ -924,9 +825,9 @@ def save_checkpoint(accelerator, model, tokenizer, folder: Path, record: dict):
 
 
 # ---- Engines: what samples, in training and in evaluation ------------------------------------------------------------
-class Completion(NamedTuple):
-    token_ids: list[int]  # they end with the end-of-sequence token, or else it was the limit that stopped them
-    log_prob: float | None  # as the engine sees it: to be compared only, p for DCO is always the trainer's
+# token_ids: they end with the end-of-sequence token, or else it was the limit that stopped them. log_prob: the engine's
+# (of a LiveModel None), to be compared only: p for DCO is always the trainer's.
+Completion = namedtuple("Completion", ["token_ids", "log_prob"])
 
 
 class LiveModel:
@@ -934,8 +835,8 @@ class LiveModel:
 
     def __init__(self, accelerator, model, tokenizer, sequences=512):
         """sequences: how many a process computes at once, fewer where they would hold more than 2^16 tokens."""
-        self.accelerator, self.model, self.tokenizer = accelerator, accelerator.unwrap_model(model), tokenizer
-        self.sequences = sequences
+        self.accelerator, self.tokenizer, self.sequences = accelerator, tokenizer, sequences
+        self.model = accelerator.unwrap_model(model)
 
     def generate(self, prompts, n: int, max_new_tokens: int, seeds=None, temperature=1.0) -> list[list[Completion]]:
         """n completions of each prompt, on every process. seeds: one a prompt (see `seed_of`); None is greedy."""
@@ -943,20 +844,16 @@ class LiveModel:
         fits, processes = max(1, min(self.sequences, 2**16 // longest)), self.accelerator.num_processes
         size = max(1, min(fits // n, math.ceil(len(prompts) / processes)))
         batches = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
-        found = []
-        for first in range(0, len(batches), processes):  # all make the same calls: ZeRO-3 needs them together
-            part = batches[first : first + processes]
-            ((places,), drawn) = split_evenly(part, self.accelerator), []
-            for start in range(0, n, fits):
-                mine, now = [prompts[i] for i in places], min(fits, n - start)
-                seed = None if seeds is None else seeds[places[0]] + start
-                drawn.append(generate(self.model, self.tokenizer, mine, now, max_new_tokens, seed, temperature))
-            joined = [
-                [Completion(ids, None) for piece in pieces for ids in piece] for pieces in zip(*drawn, strict=True)
-            ]
-            for batch in gather_objects_in_order([joined], len(part), self.accelerator):
-                found += batch
-        return found
+        jobs, found = [(places, start) for places in batches for start in range(0, n, fits)], []
+        for first in range(0, len(jobs), processes):  # all make the same calls: ZeRO-3 needs them together
+            part = jobs[first : first + processes]
+            ((places, start),) = split_evenly(part, self.accelerator)
+            seed = None if seeds is None else seeds[places[0]] + start
+            how = (min(fits, n - start), max_new_tokens, seed, temperature)
+            drawn = generate(self.model, self.tokenizer, [prompts[i] for i in places], *how)
+            for completions in chain(*accelerate.utils.gather_object([drawn])[: len(part)]):
+                found += [Completion(token_ids, None) for token_ids in completions]
+        return [found[i : i + n] for i in range(0, len(found), n)]  # only a prompt alone has several jobs
 
     def update_weights(self, model):
         """The weights that it samples from are the model's own."""
@@ -966,28 +863,20 @@ class LiveModel:
 
 
 class VLLMEngines:
-    """vLLM engines, each in a Ray actor of its own: on the GPUs of the training processes but isolated from them, which
-    never import vLLM (App. B). RAY_ADDRESS names the cluster; without it one is started here, and ended again. All
-    methods without an underscore are called on every process."""
+    """vLLM engines, each in a Ray actor: on the GPUs of the training processes, which never import vLLM (App. B), in
+    the cluster RAY_ADDRESS or one started here. Methods without an underscore are called on every process."""
 
     def __init__(
         self, accelerator, checkpoint, tokenizer, max_length, logs, model=None, memory=0.3, gpus=1, patience_minutes=60
     ):
-        """checkpoint: folder or hub name, for the architecture, and for the weights unless `model` is there to give its
-        own. max_length: tokens of prompt and completion. logs: folder for engine-<i>.log. memory: share of each GPU's
-        memory. gpus: GPUs an engine. patience_minutes: the limit of every wait for an engine."""
+        """model: to take the weights from, else the checkpoint's. max_length: tokens of prompt and completion. logs:
+        folder of engine-<i>.log. memory: share of each GPU's. gpus: of an engine. patience_minutes: limit of a wait."""
         self.accelerator, self.eos, self.logs = accelerator, tokenizer.eos_token_id, Path(logs).absolute()
         self.engines, self.cuda, self.patience_minutes = [], accelerator.device.type == "cuda", patience_minutes
-        settings = {
-            "model": checkpoint,
-            "dtype": "bfloat16" if self.cuda else "float32",
-            "max_model_len": max_length,
-            "skip_tokenizer_init": True,  # token ids go in and come out
-            "generation_config": "vllm",  # not the checkpoint's, which may ask for top-k or a temperature
-            "load_format": "dummy" if model else "auto",
-            "enforce_eager": not self.cuda,
-            "worker_extension_cls": f"{__name__}.WeightReceiver",
-        }
+        settings = {"model": checkpoint, "dtype": "bfloat16" if self.cuda else "float32", "max_model_len": max_length}
+        settings |= {"skip_tokenizer_init": True, "worker_extension_cls": f"{__name__}.WeightReceiver"}
+        settings |= {"load_format": "dummy" if model else "auto", "enforce_eager": not self.cuda}
+        settings["generation_config"] = "vllm"  # not the checkpoint's, which may ask for top-k or a temperature
         if self.cuda:
             settings |= {"gpu_memory_utilization": memory, "tensor_parallel_size": gpus}
         else:  # a prompt cut in two would need a seeded generator that can go back, which a CPU's cannot
@@ -1000,13 +889,11 @@ class VLLMEngines:
     def _spawn(self, settings, gpus):
         import ray
 
-        path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        variables = {
-            "PYTHONPATH": os.pathsep.join(path),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process between the actor and its engine
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        }
+        self.ray = ray
+        path = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
+        variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no process between the actor and its engine
+        variables["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
         address = os.environ.get("RAY_ADDRESS", "local")
         local = {"include_dashboard": False, "object_store_memory": 1 << 30} if address == "local" else {}
         ray.init(address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": variables}, **local)
@@ -1018,22 +905,19 @@ class VLLMEngines:
         actor = ray.remote(Engine).options(num_cpus=0, num_gpus=gpus if self.cuda else 0)
         count = there // gpus if self.cuda else 1
         self.engines = [actor.remote(self.logs / f"engine-{i}.log", settings) for i in range(count)]
-        answers = self._wait([engine.ask.remote("gpu") for engine in self.engines], "starting")
-        self.gpus = [gpu for answer in answers for gpu in answer]
+        self.gpus = list(chain(*self._wait([engine.ask.remote("gpu") for engine in self.engines], "starting")))
 
     def _wait(self, calls, doing):
         """What the engines answer; if one fails or is too slow, an error that says at what, with its last lines."""
-        import ray
-
         try:
-            return ray.get(calls, timeout=60 * self.patience_minutes)
-        except ray.exceptions.GetTimeoutError:
+            return self.ray.get(calls, timeout=60 * self.patience_minutes)
+        except self.ray.exceptions.GetTimeoutError:
             why = f"no answer of the engines within {self.patience_minutes} minutes while {doing}"
-        except ray.exceptions.RayError as error:
+        except self.ray.exceptions.RayError as error:
             why = f"an engine failed while {doing}: {str(error).strip().splitlines()[-1][:300]}"
         for log in sorted(self.logs.glob("engine-*.log")):
-            lines = [line[:300] for line in log.read_text(errors="replace").splitlines()[-15:]]
-            why += "\n".join([f"\n--- the end of {log}", *lines])
+            lines = log.read_text(errors="replace").splitlines()[-15:]
+            why += "\n".join([f"\n--- the end of {log}", *(line[:300] for line in lines)])
         raise RuntimeError(why)
 
     def generate(self, prompts, n: int, max_new_tokens: int, seeds=None, temperature=1.0) -> list[list[Completion]]:
@@ -1041,23 +925,17 @@ class VLLMEngines:
         More than 256 of a prompt are drawn in pieces: an engine gives sample i of a piece the seed + i."""
         if seeds is None:
             seeds, temperature = [0] * len(prompts), 0.0
-        pieces = [(first, min(256, n - first)) for first in range(0, n, 256)]
-        pairs = list(zip(prompts, seeds, strict=True))
-        requests = [(prompt, now, seed + first) for prompt, seed in pairs for first, now in pieces]
+        pairs, pieces = list(zip(prompts, seeds, strict=True)), [(i, min(256, n - i)) for i in range(0, n, 256)]
+        requests = [(prompt, size, seed + i) for prompt, seed in pairs for i, size in pieces]
         found = on_main(self.accelerator, self._sample, requests, max_new_tokens, temperature)
         return [found[i : i + n] for i in range(0, len(found), n)]
 
     def _sample(self, requests, max_new_tokens, temperature):
-        shares = [requests[i :: len(self.engines)] for i in range(len(self.engines))]
-        how, calls = (max_new_tokens, temperature, self.eos), []
-        for engine, share in zip(self.engines, shares, strict=True):
-            calls.append(engine.generate.remote(share, *how))
-        found = [None] * len(requests)
-        for i, (lengths, token_ids, log_probs) in enumerate(self._wait(calls, "sampling")):
-            pieces = np.split(token_ids, np.cumsum(lengths)[:-1])
-            drawn = iter([Completion(ids.tolist(), log_prob) for ids, log_prob in zip(pieces, log_probs, strict=True)])
-            found[i :: len(shares)] = [[next(drawn) for _ in range(n)] for _, n, _ in shares[i]]
-        return [completion for completions in found for completion in completions]
+        found, how, count = [None] * len(requests), (max_new_tokens, temperature, self.eos), len(self.engines)
+        calls = [engine.generate.remote(requests[i::count], *how) for i, engine in enumerate(self.engines)]
+        for i, drawn in enumerate(self._wait(calls, "sampling")):
+            found[i::count] = drawn
+        return list(chain(*found))
 
     def _connect(self, model):
         """Lay out a buffer through which all weights pass, a few at a time. An engine on a GPU with a training process
@@ -1065,7 +943,7 @@ class VLLMEngines:
         # Not named_parameters(): it leaves out a head that is tied to the embedding, and the engine would keep its own.
         weights = self.accelerator.unwrap_model(model).state_dict(keep_vars=True)
         shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in weights.items()}
-        room = max(1 << 28, *(math.prod(shape) for shape in shapes.values()))
+        room = max(1 << 28, *map(math.prod, shapes.values()))
         self.layout, end = [[]], 0  # chunks that fill the buffer: (name, shape, first, last)
         for name, shape in shapes.items():
             if end + math.prod(shape) > room:
@@ -1073,16 +951,13 @@ class VLLMEngines:
             self.layout[-1].append((name, shape, end, end := end + math.prod(shape)))
         size, dtype = max(chunk[-1][-1] for chunk in self.layout), torch.bfloat16 if self.cuda else torch.float32
         self.buffer = torch.empty(size, dtype=dtype, device=self.accelerator.device)
-        handle = {gpu_of(self.buffer.device): reduce_tensor(self.buffer)[1]} if self.cuda else {}
-        handles = gather_objects_in_order([handle], self.accelerator.num_processes, self.accelerator)
-        on_main(self.accelerator, self._meet, {gpu: each[gpu] for each in handles for gpu in each})
+        handle = [(WeightReceiver.gpu(self.buffer), reduce_tensor(self.buffer)[1])] if self.cuda else []
+        on_main(self.accelerator, self._meet, dict(accelerate.utils.gather_object(handle)))
 
     def _meet(self, handles):
-        import ray
-
         size, minutes = 1 + len(self.gpus), self.patience_minutes  # of the group: this process has rank 0
         apart = [1 + i for i, gpu in enumerate(self.gpus) if gpu not in handles]
-        host, each = ray.util.get_node_ip_address(), len(self.gpus) // len(self.engines)
+        host, each = self.ray.util.get_node_ip_address(), len(self.gpus) // len(self.engines)
         self.store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         where = (host, self.store.port, size, self.buffer.numel(), handles, apart, minutes)
         calls = [engine.ask.remote("connect", 1 + i * each, *where) for i, engine in enumerate(self.engines)]
@@ -1092,17 +967,19 @@ class VLLMEngines:
 
     def update_weights(self, model):
         """From now on, sample with the weights that `model` has now."""
-        weights = self.accelerator.unwrap_model(model).state_dict(keep_vars=True)
+        weights, whole = self.accelerator.unwrap_model(model).state_dict(keep_vars=True), nullcontext
+        if any(hasattr(weight, "ds_id") for weight in weights.values()):  # ZeRO-3 has split them over the processes
+            from deepspeed.runtime.zero.partition_parameters import GatheredParameters as whole
         for i, chunk in enumerate(self.layout):
             for name, shape, first, last in chunk:
-                with whole(weights[name]):
+                with whole([weights[name]]):
                     self.buffer[first:last].view(shape).copy_(weights[name].detach())
             if self.cuda:
                 torch.cuda.synchronize()
-            on_main(self.accelerator, self._hand_over, i == 0, i == len(self.layout) - 1)
+            on_main(self.accelerator, self._hand_over, i)
 
-    def _hand_over(self, first, last):
-        if first:
+    def _hand_over(self, i):
+        if i == 0:
             self.calls = [engine.ask.remote("receive_weights", self.layout) for engine in self.engines]
         try:
             if self.data.size() > 1:
@@ -1112,18 +989,16 @@ class VLLMEngines:
         except RuntimeError:
             self._wait(self.calls, "taking over weights")  # knows more, if it was an engine that failed
             raise
-        if last:
+        if i == len(self.layout) - 1:
             self._wait(self.calls, "taking over weights")
 
     def shut_down(self):
         """End the engines, and Ray where it was started here."""
         if self.engines:
-            import ray
-
             for engine in self.engines:
-                ray.kill(engine)
+                self.ray.kill(engine)
             self.engines = []
-            ray.shutdown()
+            self.ray.shutdown()
 
 
 class Engine:
@@ -1146,7 +1021,7 @@ class Engine:
         return answers
 
     def generate(self, requests, max_new_tokens, temperature, eos):
-        """-> lengths, all token ids in one array, log-probabilities, of the completions of all requests in order."""
+        """-> for each request (prompt, n, seed), its n Completions."""
         from vllm import SamplingParams
 
         how = {"max_tokens": max_new_tokens, "temperature": temperature, "logprobs": 0, "detokenize": False}
@@ -1154,16 +1029,16 @@ class Engine:
         params = [SamplingParams(n=n, seed=seed, **how) for _, n, seed in requests]
         prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in requests]
         outputs = self.llm.generate(prompts, params, use_tqdm=False) if requests else []
-        drawn = [one for output in outputs for one in sorted(output.outputs, key=lambda one: one.index)]
-        token_ids = np.concatenate([np.array([], np.int32), *(np.array(one.token_ids, np.int32) for one in drawn)])
-        return [len(one.token_ids) for one in drawn], token_ids, [one.cumulative_logprob for one in drawn]
+        drawn = [sorted(output.outputs, key=lambda one: one.index) for output in outputs]
+        return [[Completion(list(one.token_ids), one.cumulative_logprob) for one in group] for group in drawn]
 
 
 class WeightReceiver:
     """Becomes a part of vLLM's worker, of which an engine has one on each of its GPUs."""
 
     def gpu(self):
-        return gpu_of(self.device)
+        """The name of the GPU that `self` is on (also a tensor), the same in all processes; None on a CPU."""
+        return str(torch.cuda.get_device_properties(self.device).uuid) if self.device.type == "cuda" else None
 
     def connect(self, rank, host, port, size, numel, handles, apart, minutes):
         rank, self.data = rank + self.rank, None
@@ -1171,12 +1046,11 @@ class WeightReceiver:
         self.control = process_group(self.store, "control", "cpu", rank, size, minutes)
         if rank in apart:
             self.buffer = torch.empty(numel, dtype=self.model_config.dtype, device=self.device)
-            place = 1 + apart.index(rank)
-            self.data = process_group(self.store, "data", self.device.type, place, 1 + len(apart), minutes)
+            rank = 1 + apart.index(rank)
+            self.data = process_group(self.store, "data", self.device.type, rank, 1 + len(apart), minutes)
         else:
-            arguments = list(handles[self.gpu()])
-            arguments[6] = self.device.index  # the GPU's number in this process
-            self.buffer = rebuild_cuda_tensor(*arguments)
+            handle = handles[self.gpu()]  # its 6 is the GPU's number, which is another one in this process
+            self.buffer = rebuild_cuda_tensor(*handle[:6], self.device.index, *handle[7:])
 
     def receive_weights(self, layout):
         def arriving():
