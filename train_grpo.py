@@ -26,7 +26,7 @@ from pathlib import Path
 
 # The settings of the embedded experiment, which take the place of the paper's when the model is one of examples/.
 EXAMPLE_SETTINGS = {
-    "epochs": 2,
+    "epochs": 3,
     "batch_size": 32,
     "lr": 1e-3,
     "warmup_steps": 5,
