@@ -243,6 +243,8 @@ def runs_in_the_middle_of_sampling(tmp_path_factory):
                 stdout=(out / "stdout").open("w"),
                 stderr=(out / "stderr").open("w"),
                 start_new_session=True,  # a process group of its own, as a terminal gives one
+                # Of a shell's background job, Ctrl-C would be ignored, and that is inherited.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             process.mark, process.out, process.family = mark, out, set()
             runs[how] = process
