@@ -390,8 +390,8 @@ class Refill:
         """How many candidates to look at next: hardly ever more than the step will turn out to need (two standard
         deviations under the number expected), but no rounds so small that their number would cost more."""
         spread = 2 * math.sqrt(room * (1 - rate)) / rate
-        if self.k is None:  # scoring is sampling, which wants to be one call: nearly always as many as will do
-            return math.ceil(room / rate + spread)
+        if self.k is None:  # scoring is sampling, which wants to be one call: as many as nearly always will do
+            return math.ceil(room / rate + math.sqrt(2) * spread)  # √2: the rate is an estimate of as few candidates
         wanted = math.ceil(max(room, room / rate - spread, 0.02 * self.batch_size / rate))
         micro_batches = 1 if straight else 4  # so many fit without activations to keep
         return self.processes * min(math.ceil(wanted / self.processes), self.micro_batch_size * micro_batches)
