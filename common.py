@@ -151,7 +151,7 @@ def encode(rows: list[dict], tokenizer, template: str, max_length: int) -> tuple
     form, examples, dropped = TEMPLATES[template], [], Counter()
     for row in rows:
         without_solution = "{solution}" in form.completion and not row.get("solution", "").strip()
-        if without_solution or ("{answer}" in form.completion and not row["answer"].strip()):
+        if without_solution or not row["answer"].strip():
             dropped["without a solution" if without_solution else "without an answer"] += 1
             continue
         try:
@@ -391,7 +391,8 @@ class Refill:
         deviations under the number expected), but no rounds so small that their number would cost more."""
         spread = 2 * math.sqrt(room * (1 - rate)) / rate
         if self.k is None:  # scoring is sampling, which wants to be one call: as many as nearly always will do
-            return math.ceil(room / rate + math.sqrt(2) * spread)  # √2: the rate is an estimate of as few candidates
+            wanted = math.ceil(room / rate + math.sqrt(2) * spread)  # √2: the rate is an estimate of as few candidates
+            return min(wanted, 8 * self.batch_size)  # after a first step without any accepted: not all of the epoch
         wanted = math.ceil(max(room, room / rate - spread, 0.02 * self.batch_size / rate))
         micro_batches = 1 if straight else 4  # so many fit without activations to keep
         return self.processes * min(math.ceil(wanted / self.processes), self.micro_batch_size * micro_batches)
@@ -760,9 +761,13 @@ def on_main(accelerator, compute, *inputs):
 
 
 def process_group(store, name: str, device: str, rank: int, size: int, minutes: float):
-    """A group beside the default one, of processes that meet at `store`."""
-    kind = torch.distributed.ProcessGroupNCCL if device == "cuda" else torch.distributed.ProcessGroupGloo
-    return kind(torch.distributed.PrefixStore(name, store), rank, size, timedelta(minutes=minutes))
+    """A group beside the default one, of processes that meet at `store`: NCCL for "cuda", Gloo for "cpu"."""
+    store, timeout = torch.distributed.PrefixStore(name, store), timedelta(minutes=minutes)
+    if device == "cpu":
+        return torch.distributed.ProcessGroupGloo(store, rank, size, timeout)
+    options = torch.distributed.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return torch.distributed.ProcessGroupNCCL(store, rank, size, options)
 
 
 # ---- Files: output folders and checkpoints ---------------------------------------------------------------------------
@@ -794,7 +799,7 @@ def make_folder(out: Path):
 def start_out(out: Path, args: dict):
     """Remove what an earlier run left in `out` and nothing else (`check_out` has asked); write args.json."""
     make_folder(out)
-    for old in [path for name in RUN_FILES for path in out.glob(name)]:
+    for old in [path for name in (*RUN_FILES, "engine-*.log") for path in out.glob(name)]:
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
     (out / "args.json").write_text(json.dumps(args, indent=2, default=str) + "\n")
 
@@ -873,6 +878,7 @@ class VLLMEngines:
         folder of engine-<i>.log. memory: share of each GPU's. gpus: of an engine. patience_minutes: limit of a wait."""
         self.accelerator, self.eos, self.logs = accelerator, tokenizer.eos_token_id, Path(logs).absolute()
         self.engines, self.cuda, self.patience_minutes = [], accelerator.device.type == "cuda", patience_minutes
+        checkpoint = os.path.abspath(checkpoint) if Path(checkpoint).is_dir() else checkpoint  # Ray's folder is another
         settings = {"model": checkpoint, "dtype": "bfloat16" if self.cuda else "float32", "max_model_len": max_length}
         settings |= {"skip_tokenizer_init": True, "worker_extension_cls": f"{__name__}.WeightReceiver"}
         settings |= {"load_format": "dummy" if model else "auto", "enforce_eager": not self.cuda}
@@ -894,16 +900,18 @@ class VLLMEngines:
         variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no process between the actor and its engine
         variables["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE"):
+            variables |= {name: os.environ[name]} if name in os.environ else {}
         address = os.environ.get("RAY_ADDRESS", "local")
         local = {"include_dashboard": False, "object_store_memory": 1 << 30} if address == "local" else {}
         ray.init(address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": variables}, **local)
         atexit.register(self.shut_down)  # also after an exception or Ctrl-C; and when a launcher ends this process:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        there = int(ray.cluster_resources().get("GPU", 0))
-        if self.cuda and there < gpus:
-            raise RuntimeError(f"Ray finds {there} GPUs and an engine is to have {gpus}: --gpus-per-engine")
+        there = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+        count = sum(found // gpus for found in there) if self.cuda else 1
+        if count == 0:
+            raise RuntimeError(f"Ray finds {there} GPUs by node and an engine is to have {gpus}: --gpus-per-engine")
         actor = ray.remote(Engine).options(num_cpus=0, num_gpus=gpus if self.cuda else 0)
-        count = there // gpus if self.cuda else 1
         self.engines = [actor.remote(self.logs / f"engine-{i}.log", settings) for i in range(count)]
         self.gpus = list(chain(*self._wait([engine.ask.remote("gpu") for engine in self.engines], "starting")))
 
@@ -962,7 +970,9 @@ class VLLMEngines:
         where = (host, self.store.port, size, self.buffer.numel(), handles, apart, minutes)
         calls = [engine.ask.remote("connect", 1 + i * each, *where) for i, engine in enumerate(self.engines)]
         self.control = process_group(self.store, "control", "cpu", 0, size, minutes)
-        self.data = process_group(self.store, "data", self.buffer.device.type, 0, 1 + len(apart), minutes)
+        kind, self.data = self.buffer.device.type, None
+        if apart:
+            self.data = process_group(self.store, "data", kind, 0, 1 + len(apart), minutes)
         self._wait(calls, "connecting")
 
     def update_weights(self, model):
@@ -982,7 +992,7 @@ class VLLMEngines:
         if i == 0:
             self.calls = [engine.ask.remote("receive_weights", self.layout) for engine in self.engines]
         try:
-            if self.data.size() > 1:
+            if self.data:
                 self.data.broadcast(self.buffer, 0).wait()
             self.control.barrier().wait()  # the buffer is filled
             self.control.barrier().wait()  # and read: it may be filled anew
@@ -1064,7 +1074,11 @@ class WeightReceiver:
                 self.control.barrier().wait()  # and read: it may be filled anew
                 yield from copies
 
-        self.reload_weights(weights_iterator=arriving())  # layer by layer: a CPU's weights are packed once more
+        try:
+            self.reload_weights(weights_iterator=arriving())  # layer by layer: a CPU's weights are packed once more
+        except BaseException:
+            self.control = self.data = None  # closes the connection, or the trainer would wait at the next barrier
+            raise
 
 
 def choose_engine(asked: str) -> str:
@@ -1081,6 +1095,6 @@ def spawn_engines(args, accelerator, tokenizer, max_length: int, model):
         return LiveModel(accelerator, model, tokenizer)
     gpus = args.gpus_per_engine
     if gpus is None:  # App. B: an engine on each pair of GPUs for 8B on 80 GB
-        large = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) >= 7e9
+        large = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) > 6.5e9
         gpus = 2 if large and torch.cuda.get_device_properties(0).total_memory < 100e9 else 1
     return VLLMEngines(accelerator, args.model, tokenizer, max_length, args.out, model, args.gpu_memory, gpus)

@@ -16,6 +16,7 @@ that was interrupted goes on where it stopped.
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -132,6 +133,7 @@ def main(argv=None):
             measure_exactly(model, tokenizer, examples, accelerator, max_new_tokens, args, problems)
         if args.n and args.engine == "vllm":  # which gets the GPU's memory to itself
             model = None
+            gc.collect()  # hooks of a model that is spread over GPUs refer to it
             torch.cuda.empty_cache()
 
         if args.n:

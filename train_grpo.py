@@ -28,6 +28,7 @@ from pathlib import Path
 EXAMPLE_SETTINGS = {
     "epochs": 3,
     "batch_size": 32,
+    "tokens_per_micro_batch": 8192,
     "lr": 1e-3,
     "warmup_steps": 5,
     "betas": (0.9, 0.98),
@@ -71,7 +72,7 @@ def parse_arguments(argv=None, settings=None):
     how.add_argument(
         "--tokens-per-micro-batch",
         type=int,
-        default=8192,
+        default=4096,
         help="prompts, roll-outs, padding that a process computes at once",
     )
     how.add_argument("--lr", type=float, default=1e-6, help="AdamW's, constant after the warm-up (paper: 1e-6)")

@@ -185,6 +185,21 @@ def test_two_processes_with_split_weights_and_a_tied_head(tmp_path, tokenizer):
     assert len({tuple(one) for found in first["live_sampled"] for one in found}) > 30
 
 
+def test_an_error_while_weights_arrive_is_told_at_once(engines, tokenizer):
+    """The engine lives on, so that its connection has to be closed, or the trainer would wait for an hour."""
+    model = model_of(0, tokenizer)
+    layout = engines.layout
+    engines.layout = [[("no.such.weight", (8,), 0, 8)]]
+    engines.buffer[:8] = 0
+    model.state_dict = lambda keep_vars: {"no.such.weight": torch.zeros(8)}
+    try:
+        with pytest.raises(RuntimeError, match="an engine failed while taking over weights"):
+            engines.update_weights(model)
+    finally:
+        engines.layout = layout
+        engines._connect(model_of(0, tokenizer))  # a new connection, over which the next tests go on
+
+
 # What ends a run ends its engines
 
 
