@@ -392,7 +392,7 @@ class Refill:
         spread = 2 * math.sqrt(room * (1 - rate)) / rate
         if self.k is None:  # scoring is sampling, which wants to be one call: as many as nearly always will do
             wanted = math.ceil(room / rate + math.sqrt(2) * spread)  # √2: the rate is an estimate of as few candidates
-            return min(wanted, 8 * self.batch_size)  # after a first step without any accepted: not all of the epoch
+            return min(wanted, 32 * self.batch_size)  # where hardly any was accepted so far: not all of the epoch
         wanted = math.ceil(max(room, room / rate - spread, 0.02 * self.batch_size / rate))
         micro_batches = 1 if straight else 4  # so many fit without activations to keep
         return self.processes * min(math.ceil(wanted / self.processes), self.micro_batch_size * micro_batches)
