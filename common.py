@@ -23,7 +23,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import accelerate
@@ -132,6 +132,7 @@ TEMPLATES = {
     ),
 }
 TEMPLATES["r1-short"] = TEMPLATES["r1"]._replace(prompt="User: {problem}\nAssistant: <think>")  # for small models
+TEMPLATES["lean"] = TEMPLATES["direct"]._replace(prompt="{problem}\n---\n")  # §5.3: a proof state and its tactic
 
 
 @dataclass
@@ -295,6 +296,28 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
         yield f"{path}:{number}", value
 
 
+def load_theorems(path: Path) -> list[dict]:
+    """-> theorems as LeanDojo's benchmark has them, from a JSON list or an object a line: "url", "commit", "file_path",
+    "full_name", "traced_tactics": [{"tactic", "state_before", …}], and what else is there; "source" is added."""
+    if not path.is_file():
+        refuse(f"{path} does not exist; LeanDojo Benchmark 4 is at https://doi.org/10.5281/zenodo.8040109")
+    if path.suffix == ".jsonl":
+        found = list(read_json_lines(path))
+    else:
+        try:
+            found = [(f"{path}, theorem {i}", theorem) for i, theorem in enumerate(json.loads(path.read_bytes()), 1)]
+        except (ValueError, TypeError) as error:
+            refuse(f"{path}: not a JSON list of theorems ({first_line(error)})")
+    for source, theorem in found:
+        for field in ("url", "commit", "file_path", "full_name"):
+            if not isinstance(theorem, dict) or not isinstance(theorem.get(field), str):
+                refuse(f"{source}: field {field!r} is missing; a theorem has the fields of LeanDojo's benchmark")
+        for step in theorem.get("traced_tactics", []):
+            if not isinstance(step, dict) or {"tactic", "state_before"} - step.keys():
+                refuse(f"{source}: a traced tactic lacks 'tactic' or 'state_before'")
+    return [theorem | {"source": source} for source, theorem in found]
+
+
 def read_hub(name: str, split: str, required: bool) -> list[tuple[str, dict]]:
     import datasets
 
@@ -333,7 +356,8 @@ class Refill:
     cheaper way changes at a = (k-1)/k, and is chosen each round from the share seen in this step and the one before."""
 
     def __init__(self, size, batch_size, accept, seed, processes=1, micro_batch_size=8, backward_cost=3):
-        """accept: values [n] -> bool [n], None lets every one in unscored. backward_cost: k, None scores always."""
+        """accept: values [n] -> bool [n], None lets every one in unscored. backward_cost: k; infinite, all are scored;
+        None, scoring is sampling, and all are."""
         self.size, self.batch_size, self.accept, self.seed = size, batch_size, accept, seed
         self.processes, self.micro_batch_size, self.k = processes, micro_batch_size, backward_cost
         self.epoch, self.position, self.order, self.leftovers = 0, 0, [], []
@@ -381,7 +405,7 @@ class Refill:
 
     def straight_pays(self, room, rate):
         """Where the rest of an epoch may not fill the step (expected less a standard deviation), score first."""
-        if self.k is None or rate <= (self.k - 1) / self.k:
+        if self.k is None or rate * self.k <= self.k - 1:
             return False
         expected = (len(self.order) - self.position) * rate
         return expected - math.sqrt(expected * (1 - rate)) >= room
@@ -521,6 +545,14 @@ def sampled_summary(accelerator, sampler, tokenizer, grader, examples, golds, ar
     return on_main(accelerator, measure)
 
 
+def bootstrap_interval(values, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap of the mean over problems: how much it would move with another draw of the test set."""
+    values = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[picks].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def exact_pass_at_n(log_p, n: int) -> np.ndarray:
     """C^N = 1 - (1-p)^N = e^(-ℓ_DCO^N) of each problem, without any sample. It counts the reference answer alone: a
     lower bound where other strings are right as well. log_p: [problems]."""
@@ -553,16 +585,46 @@ def greedy_completions(model, tokenizer, examples: list[Example], accelerator, m
     return [Example(e.id, e.prompt_ids, one.token_ids) for e, (one,) in zip(examples, found, strict=True)]
 
 
+def exact_summary(model, tokenizer, examples, accelerator, max_new_tokens: int, batch_size: int, ns) -> dict:
+    """Exact pass@N for N of ns, and the mean confidence p̂(y_greedy|x) of the greedy completions, over `examples`."""
+    pad_id = pad_token_id(tokenizer)
+    batch_size = batch_that_fits(examples, max_new_tokens, tokenizer, batch_size)
+    log_p = log_probs_of(model, examples, accelerator, pad_id, batch_size)
+    greedy = greedy_completions(model, tokenizer, examples, accelerator, max_new_tokens, batch_size)
+    confidence = log_probs_of(model, greedy, accelerator, pad_id, batch_size).exp()
+    coverage = {f"pass@{n}": float(exact_pass_at_n(log_p, n).mean()) for n in ns}
+    return coverage | {"greedy_confidence": confidence.mean().item()}
+
+
+def colours_for(count: int):
+    """Colour-blind safe: Okabe and Ito's where they suffice, else steps of cividis."""
+    from matplotlib import colormaps
+
+    palette = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+    return palette[:count] if count <= len(palette) else [colormaps["cividis"](i / (count - 1)) for i in range(count)]
+
+
+def save_figure(figure, path: Path) -> list[Path]:
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return [path]
+
+
 # ---- Accelerate: processes, models, what is split over them ----------------------------------------------------------
-def defaults_for_this_machine(model: str | None, data: str | None) -> tuple[str, str]:
+PAPERS = "meta-llama/Meta-Llama-3-8B", "nlile/hendrycks-MATH-benchmark"  # --model and --data
+EMBEDDED = "tiny_llama", "arithmetic"
+
+
+def defaults_for_this_machine(model: str | None, data: str | None, papers=PAPERS, embedded=EMBEDDED) -> tuple[str, str]:
     """What --model and --data mean when left out: the paper's on a GPU, the embedded ones without."""
     cuda, taken = torch.cuda.is_available(), []
     if model is None:
-        model = "meta-llama/Meta-Llama-3-8B" if cuda else relative(EXAMPLES / "tiny_llama")
+        model = papers[0] if cuda else relative(EXAMPLES / embedded[0])
         taken.append(f"--model {model}")
     if data is None:
-        embedded = is_example(model) or not cuda
-        data = relative(EXAMPLES / "arithmetic") if embedded else "nlile/hendrycks-MATH-benchmark"
+        data = relative(EXAMPLES / embedded[1]) if is_example(model) or not cuda else papers[1]
         taken.append(f"--data {data}")
     if taken and os.environ.get("RANK", "0") == "0":
         print(f"{'CUDA found' if cuda else 'no CUDA'}: taking {' and '.join(taken)}", flush=True)
@@ -809,6 +871,27 @@ def append_json(path: Path, line: dict):
         file.write(json.dumps(line) + "\n")
 
 
+def read_whole_lines(path: Path) -> list[dict]:
+    """What `append_json` has written; a last line that was cut short by a kill is removed."""
+    if not path.exists():
+        return []
+    with open(path, "r+b") as file:
+        whole = file.read().rpartition(b"\n")[0]
+        file.truncate(len(whole) + bool(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def fingerprint(checkpoint: str) -> list | str:
+    """What tells a checkpoint's weights from others: the size and the last MiB of each file, wherever the folder is."""
+    found = []
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - (1 << 20)))
+            found.append((path.name, size, hashlib.sha256(file.read()).hexdigest()))
+    return found or checkpoint
+
+
 def save_checkpoint(accelerator, model, tokenizer, folder: Path, record: dict):
     """An ordinary Hugging Face folder, plus dco.json with `record` (template, max_new_tokens, …), which evaluation
     reads. It is written beside its place and renamed, so that a folder of that name is always a whole one."""
@@ -843,8 +926,14 @@ class LiveModel:
         self.accelerator, self.tokenizer, self.sequences = accelerator, tokenizer, sequences
         self.model = accelerator.unwrap_model(model)
 
-    def generate(self, prompts, n: int, max_new_tokens: int, seeds=None, temperature=1.0) -> list[list[Completion]]:
-        """n completions of each prompt, on every process. seeds: one a prompt (see `seed_of`); None is greedy."""
+    def generate(self, prompts, n, max_new_tokens: int, seeds=None, temperature=1.0) -> list[list[Completion]]:
+        """n completions of each prompt, on every process. n: an int, or one a prompt. seeds: one a prompt (see
+        `seed_of`), None is greedy."""
+        if not isinstance(n, int):  # prompts repeated, in one batch: slower than an engine, which shares a prompt
+            repeated = [i for i, count in enumerate(n) for _ in range(count)]
+            every = None if seeds is None else [seeds[i] for i in repeated]
+            flat = self.generate([prompts[i] for i in repeated], 1, max_new_tokens, every, temperature)
+            return [list(chain(*islice(iterator, count))) for iterator in [iter(flat)] for count in n]
         longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
         fits, processes = max(1, min(self.sequences, 2**16 // longest)), self.accelerator.num_processes
         size = max(1, min(fits // n, math.ceil(len(prompts) / processes)))
@@ -893,20 +982,8 @@ class VLLMEngines:
             self.update_weights(model)
 
     def _spawn(self, settings, gpus):
-        import ray
-
-        self.ray = ray
-        path = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
-        variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no process between the actor and its engine
-        variables["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE"):
-            variables |= {name: os.environ[name]} if name in os.environ else {}
-        address = os.environ.get("RAY_ADDRESS", "local")
-        local = {"include_dashboard": False, "object_store_memory": 1 << 30} if address == "local" else {}
-        ray.init(address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": variables}, **local)
-        atexit.register(self.shut_down)  # also after an exception or Ctrl-C; and when a launcher ends this process:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        self.ray = ray = start_ray()
+        atexit.register(self.shut_down)  # also after an exception or Ctrl-C
         there = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
         count = sum(found // gpus for found in there) if self.cuda else 1
         if count == 0:
@@ -928,15 +1005,16 @@ class VLLMEngines:
             why += "\n".join([f"\n--- the end of {log}", *(line[:300] for line in lines)])
         raise RuntimeError(why)
 
-    def generate(self, prompts, n: int, max_new_tokens: int, seeds=None, temperature=1.0) -> list[list[Completion]]:
-        """n completions of each prompt, on every process. seeds: one a prompt (see `seed_of`); None is greedy.
-        More than 256 of a prompt are drawn in pieces: an engine gives sample i of a piece the seed + i."""
+    def generate(self, prompts, n, max_new_tokens: int, seeds=None, temperature=1.0) -> list[list[Completion]]:
+        """n completions of each prompt, on every process. n: an int, or one a prompt. seeds: one a prompt (see
+        `seed_of`), None is greedy. More than 256 of a prompt are drawn in pieces: sample i of a piece has seed + i."""
         if seeds is None:
             seeds, temperature = [0] * len(prompts), 0.0
-        pairs, pieces = list(zip(prompts, seeds, strict=True)), [(i, min(256, n - i)) for i in range(0, n, 256)]
-        requests = [(prompt, size, seed + i) for prompt, seed in pairs for i, size in pieces]
+        counts = [n] * len(prompts) if isinstance(n, int) else n
+        asked = zip(prompts, counts, seeds, strict=True)
+        requests = [(prompt, min(256, n - i), seed + i) for prompt, n, seed in asked for i in range(0, n, 256)]
         found = on_main(self.accelerator, self._sample, requests, max_new_tokens, temperature)
-        return [found[i : i + n] for i in range(0, len(found), n)]
+        return [list(islice(iterator, count)) for iterator in [iter(found)] for count in counts]
 
     def _sample(self, requests, max_new_tokens, temperature):
         found, how, count = [None] * len(requests), (max_new_tokens, temperature, self.eos), len(self.engines)
@@ -1009,6 +1087,24 @@ class VLLMEngines:
                 self.ray.kill(engine)
             self.engines = []
             self.ray.shutdown()
+
+
+def start_ray():
+    """-> the module, connected to the cluster RAY_ADDRESS or to one that is started here and ends with this process."""
+    import ray
+
+    if not ray.is_initialized():
+        path = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.getcwd(), os.environ.get("PYTHONPATH")]))
+        variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no process between the actor and its engine
+        variables["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE"):
+            variables |= {name: os.environ[name]} if name in os.environ else {}
+        address = os.environ.get("RAY_ADDRESS", "local")
+        local = {"include_dashboard": False, "object_store_memory": 1 << 30} if address == "local" else {}
+        ray.init(address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": variables}, **local)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a launcher ends this process: see to the rest first
+    return ray
 
 
 class Engine:

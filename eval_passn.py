@@ -17,7 +17,6 @@ that was interrupted goes on where it stopped.
 
 import argparse
 import gc
-import hashlib
 import json
 import math
 import os
@@ -264,7 +263,7 @@ def sample_all(args, accelerator, checkpoint, tokenizer, model, examples, templa
     import common
 
     asked = (args.split, args.n, args.seed, args.temperature, template, max_new_tokens)
-    key = common.seed_of(fingerprint(checkpoint), [example.prompt_ids for example in examples], *asked)
+    key = common.seed_of(common.fingerprint(checkpoint), [example.prompt_ids for example in examples], *asked)
     path = out / f"samples-{data_name}-{key}.jsonl"
     counts = common.on_main(accelerator, read_counts, path)
     left = [example for example in examples if example.id not in counts]
@@ -318,25 +317,10 @@ def start_sampler(args, accelerator, checkpoint, tokenizer, model, examples, max
 
 
 def read_counts(path: Path) -> dict:
-    """{id: ({answer: count}, samples without an answer)}; a last line that was cut short by a kill is removed."""
-    if not path.exists():
-        return {}
-    with open(path, "r+b") as file:
-        whole = file.read().rpartition(b"\n")[0]
-        file.truncate(len(whole) + bool(whole))
-    entries = map(json.loads, whole.splitlines())
-    return {entry["id"]: (entry["answers"], entry["unanswered"]) for entry in entries}
+    """{id: ({answer: count}, samples without an answer)}."""
+    import common
 
-
-def fingerprint(checkpoint: str) -> list | str:
-    """What tells a checkpoint's weights from others: the size and the last MiB of each file, wherever the folder is."""
-    found = []
-    for path in sorted(Path(checkpoint).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - (1 << 20)))
-            found.append((path.name, size, hashlib.sha256(file.read()).hexdigest()))
-    return found or checkpoint
+    return {entry["id"]: (entry["answers"], entry["unanswered"]) for entry in common.read_whole_lines(path)}
 
 
 def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
@@ -383,19 +367,10 @@ def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
 
 
 def mean_and_interval(values) -> dict:
-    low, high = bootstrap_interval(values)
+    import common
+
+    low, high = common.bootstrap_interval(values)
     return {"pass": float(values.mean()), "low": low, "high": high}
-
-
-def bootstrap_interval(values, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap of the mean over problems: how much it would move with another draw of the test set."""
-    import numpy as np
-
-    values = np.asarray(values, dtype=float)
-    generator = np.random.default_rng(seed)
-    means = values[generator.integers(len(values), size=(resamples, len(values)))].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def sampling_error(n: int, c, k: int, resamples: int = 500, seed: int = 0) -> float:
@@ -451,11 +426,13 @@ def label_of(result: dict) -> str:
 
 def draw_coverage(results: list[dict], kind: str, path: Path) -> list[Path]:
     """pass@N over N with 95 % intervals over problems, and the largest at each N: the Pareto envelope (Figure 2a)."""
+    import common
+
     results = [result for result in results if kind in result]
     if not results:
         return []
     figure, axes = new_figure(1, 1)
-    axis, colours = axes[0], colours_for(len(results))
+    axis, colours = axes[0], common.colours_for(len(results))
     ns = [n for n in results[0][kind] if n != "n"]
     if len(results) > 1:
         envelope = [100 * max(result[kind][n]["pass"] for result in results) for n in ns]
@@ -471,13 +448,15 @@ def draw_coverage(results: list[dict], kind: str, path: Path) -> list[Path]:
     axis.set_ylabel(f"pass@N coverage (%), {kind}")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=7, loc="lower right")
-    return save_figure(figure, path)
+    return common.save_figure(figure, path)
 
 
 def draw_confidence(results: list[dict], path: Path) -> list[Path]:
     """Histograms of the confidence in the greedy completion, or in the most frequent answer, right and wrong apart
     (Figures 1 and 3)."""
     import numpy as np
+
+    import common
 
     kind = "greedy" if all("greedy" in result for result in results) else "mode"
     if not all(kind in result for result in results):
@@ -495,23 +474,7 @@ def draw_confidence(results: list[dict], path: Path) -> list[Path]:
         axis.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes[0].set_ylabel("problems (%)")
     axes[0].legend(fontsize=8)
-    return save_figure(figure, path)
-
-
-def colours_for(count: int):
-    """Colour-blind safe: Okabe and Ito's where they suffice, else steps of cividis."""
-    from matplotlib import colormaps
-
-    palette = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-    return palette[:count] if count <= len(palette) else [colormaps["cividis"](i / (count - 1)) for i in range(count)]
-
-
-def save_figure(figure, path: Path) -> list[Path]:
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return [path]
+    return common.save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -93,19 +93,6 @@ def parse_arguments(argv=None, settings=None):
     return args
 
 
-def exact_summary(model, tokenizer, examples, accelerator, max_new_tokens, batch_size):
-    """Exact pass@1/16/256/4096 and the mean confidence p̂(y_greedy|x) of the greedy completions, over `examples`."""
-    import common
-
-    pad_id = common.pad_token_id(tokenizer)
-    batch_size = common.batch_that_fits(examples, max_new_tokens, tokenizer, batch_size)
-    log_p = common.log_probs_of(model, examples, accelerator, pad_id, batch_size)
-    greedy = common.greedy_completions(model, tokenizer, examples, accelerator, max_new_tokens, batch_size)
-    confidence = common.log_probs_of(model, greedy, accelerator, pad_id, batch_size).exp()
-    coverage = {f"pass@{n}": float(common.exact_pass_at_n(log_p, n).mean()) for n in (1, 16, 256, 4096)}
-    return coverage | {"greedy_confidence": confidence.mean().item()}
-
-
 def main(argv=None):
     args = parse_arguments(argv)
 
@@ -316,9 +303,8 @@ def main(argv=None):
             "seconds": time.perf_counter() - epoch_started,
         }
         if examples["test"] and args.template == "direct":  # p of a whole solution is not p of its answer
-            summary |= exact_summary(
-                model, tokenizer, examples["test"], accelerator, max_new_tokens, 8 * args.micro_batch_size
-            )
+            how = (accelerator, max_new_tokens, 8 * args.micro_batch_size, (1, 16, 256, 4096))
+            summary |= common.exact_summary(model, tokenizer, examples["test"], *how)
         if accelerator.is_main_process:
             common.append_json(args.out / "epochs.jsonl", summary)
             measured = "".join(f"  {name} {100 * value:.1f}" for name, value in summary.items() if "pass@" in name)

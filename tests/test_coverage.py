@@ -56,7 +56,7 @@ def test_bootstrap_interval_covers_at_its_level():
     hits = 0
     for i in range(400):
         values = generator.binomial(1, 0.3, size=200)
-        low, high = eval_passn.bootstrap_interval(values, resamples=400, seed=i)
+        low, high = common.bootstrap_interval(values, resamples=400, seed=i)
         hits += low <= 0.3 <= high
     assert 0.91 <= hits / 400 <= 0.98
 

@@ -1,0 +1,867 @@
+"""Prove theorems by N independent passes each, with one model or an ensemble over N_eff (§5.3, C.5, Tables 2 and 6).
+
+    python prove.py --model runs/lean-neff8/epoch-3 --theorems leandojo_benchmark_4/random/test.json --passes 4096
+    python prove.py --ensemble --baseline runs/lean-neff1/epoch-3     # the last epoch of each runs/lean-neff*
+    python prove.py --ensemble --minif2f test
+    RAY_ADDRESS=HOST:6379 python prove.py --ensemble                  # several nodes are just a larger Ray cluster
+
+A pass is a walk: sample one tactic given the proof state, apply it, and so on until a tactic fails, no goal is left or
+--max-steps are done. pass@N is the chance that one of N independent passes proves a theorem, and M models with N
+passes each have
+
+    pass@N = 1 - Π_m (1 - pass_m@N)        beside which cross-entropy (--baseline) gets M x N passes.
+
+Passes in the same place of the search tree share its work: their next tactics are sampled in one request, and each
+distinct tactic is applied once, in a Lean process that a Ray worker keeps on a CPU core; vLLM samples for all theorems
+in flight. A place is a path, as equal texts need not be equal states. A pass counts if its own path, applied from the
+start in a fresh environment, proves the theorem without sorry, admit or native_decide.
+
+A theorem's time (--time-limit) is that of its own tactics and its share of sampling, never waiting. It is looked at
+between blocks of --block passes, so that slow passes are not left out: see `unbiased_pass_at_n`. The paper's number
+counts passes that had not ended in time as failures; tables show it, and the unbiased one where it differs.
+
+In --out it writes a line of JSON a theorem and model as soon as it ends (a run that is started again goes on from
+there), prove.json with all estimates, the tables as Markdown on standard output, and success.png.
+"""
+
+import argparse
+import atexit
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from concurrent.futures import Future
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from queue import SimpleQueue
+
+TABLE_NS = "16,64,256,1024,4096"
+MINIF2F = "https://github.com/yangky11/miniF2F-lean4", "be17324"  # its commit for Lean 4.20, as far as it is given
+UNTRUSTED = re.compile(r"\b(sorry\w*|admit|native_decide|ofReduce\w+|trustCompiler)\b|\+\s*native|\x7f")
+LONGEST_REQUEST = 4000  # bytes; a pty takes no line above 4,095
+BROKEN = ("timeout", "crash")  # outcomes that say nothing of the tactic yet
+BRANCHING_PASSES = 64  # branching is measured at states that at least so many passes have come to
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--model CKPT | --ensemble [CKPT ...]] [--flag VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("who proves what")
+    what.add_argument("--model", nargs="+", metavar="CKPT", default=[], help="checkpoints of train_lean_step.py")
+    what.add_argument("--ensemble", nargs="*", metavar="CKPT", help="and their ensemble (default: runs/lean-neff*)")
+    what.add_argument("--baseline", metavar="CKPT", help="M times the passes for M models (paper: CE, 20k for 5 x 4k)")
+    what.add_argument("--theorems", type=Path, help="a file of LeanDojo's benchmark (paper: its random test.json)")
+    what.add_argument("--minif2f", choices=["test", "valid", "both"], help="in place of --theorems (paper: test)")
+    what.add_argument("--only-untraced", action="store_true", help="theorems without a trace (paper: expert iteration)")
+    what.add_argument("--max-theorems", type=int, help="the first so many only")
+    search = parser.add_argument_group("the search")
+    search.add_argument("--passes", type=int, default=4096, help="a theorem and model (paper: 4096; 1024 to iterate)")
+    search.add_argument("--ns", help=f"the table's N, by commas (paper: {TABLE_NS}; up to --passes)")
+    search.add_argument("--max-steps", type=int, default=50, help="of a pass (paper: 50)")
+    search.add_argument("--time-limit", type=float, help="seconds a theorem (paper: 5000 at 4k passes)")
+    search.add_argument("--tactic-timeout", type=float, default=30, help="seconds a tactic")
+    search.add_argument("--start-timeout", type=float, default=300, help="seconds until a theorem's first state")
+    search.add_argument("--block", type=int, default=256, help="passes between two looks at the clock")
+    search.add_argument("--merge", choices=["path", "text"], default="path", help="what makes two passes' states one")
+    search.add_argument("--stop-at-first", action="store_true", help="one proof of a theorem is enough")
+    search.add_argument("--seed", type=int, default=0)
+    lean = parser.add_argument_group("Lean")
+    lean.add_argument("--dojo", metavar="MODULE:CLASS", help="the environment (default: lean_dojo:Dojo)")
+    lean.add_argument("--workers", type=int, help="theorems at a time, each in a Lean process (default: CPU cores)")
+    sampling = parser.add_argument_group("sampling, at temperature 1 as in the paper")
+    sampling.add_argument("--engine", default="auto", choices=["auto", "vllm", "transformers"], help="what samples")
+    sampling.add_argument("--gpu-memory", type=float, default=0.85, help="vLLM's share of each GPU")
+    sampling.add_argument("--gpus-per-engine", type=int, default=1)
+    sampling.add_argument("--max-new-tokens", type=int, help="of a tactic (default: the checkpoint's)")
+    sampling.add_argument("--batch-size", type=int, default=512, help="sequences that transformers compute at once")
+    where = parser.add_argument_group("what is written")
+    where.add_argument("--out", type=Path, help="default: runs/prove-<theorems>")
+    where.add_argument("--save-proofs", type=Path, metavar="FILE", help="proofs, for train_lean_step.py --extra")
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and name != "seed" and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")
+    try:
+        default = [n for n in map(int, TABLE_NS.split(",")) if n <= args.passes] or [args.passes]
+        args.ns = sorted({int(n) for n in args.ns.split(",")}) if args.ns else default
+    except ValueError:
+        parser.error(f"--ns takes whole numbers separated by commas, not {args.ns!r}")
+    if args.ns[0] < 1 or args.ns[-1] > args.passes:
+        parser.error(f"--ns must lie between 1 and --passes ({args.passes}), for which there are estimates")
+    if args.model and args.ensemble is not None:
+        parser.error("give either --model or --ensemble")
+    if args.theorems and args.minif2f:
+        parser.error("give either --theorems or --minif2f")
+    if args.dojo and not re.fullmatch(r"[\w.]+:\w+", args.dojo):
+        parser.error(f"--dojo takes MODULE:CLASS, lean_dojo:Dojo for instance, not {args.dojo}")
+    args.block = min(args.block, args.passes)
+    args.ns = [args.passes] if args.stop_at_first else args.ns
+    args.time_limit = args.time_limit or 5000 * args.passes / 4096
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+
+    import common
+
+    # Whatever can be refused is refused here: theorems, environment, checkpoints, and what --out holds already.
+    theorems = choose_theorems(args)
+    check_environment(args, theorems)
+    models = choose_models(args)
+    runs = [(model, 1) for model in models] + ([(args.baseline, len(models))] if args.baseline else [])
+    args.engine = common.choose_engine(args.engine)
+    tokenizers = {checkpoint: common.load_tokenizer(checkpoint) for checkpoint, _ in runs}
+    args.out = args.out or Path(f"runs/prove-{args.theorems.parent.name if args.theorems else 'minif2f'}")
+    paths = start_out(args, theorems, runs)
+    accelerator = common.make_accelerator()
+    if accelerator.num_processes > 1:
+        common.refuse("prove.py is one process, whose engines take all GPUs: start it with python, not accelerate")
+    print(
+        f"{len(theorems):,} theorems, {args.passes:,} passes each, up to {args.max_steps} steps, merge by {args.merge}\n"
+        f"  models  {', '.join(models)}{f'; {args.baseline} {len(models)} x the passes' * bool(args.baseline)}\n"
+        f"  time    {args.time_limit:,.0f} s a theorem and {args.passes:,} passes, {args.tactic_timeout:g} s a tactic\n"
+        f"  Lean    {args.dojo}, sampling by {args.engine}, seed {args.seed}\n"
+        f"  out     {args.out}",
+        flush=True,
+    )
+    for checkpoint, times in runs:
+        path = paths[checkpoint, times]
+        done = {result["id"] for result in common.read_whole_lines(path)}
+        left = [theorem for theorem in theorems if theorem["id"] not in done]
+        if left:
+            prove_all(args, accelerator, checkpoint, tokenizers[checkpoint], times, left, path)
+    report(args, [(*run, common.read_whole_lines(paths[run])) for run in runs], theorems)
+
+
+# ---- What is proved, by whom, where ----------------------------------------------------------------------------------
+
+
+def choose_theorems(args) -> list[dict]:
+    import common
+
+    embedded = common.EXAMPLES / "propositional/test.json"
+    if not args.theorems and not args.minif2f:
+        default = Path("leandojo_benchmark_4/random/test.json")
+        args.theorems = default if default.exists() else Path(common.relative(embedded))
+        print(f"{'' if default.exists() else f'no {default} here: '}taking --theorems {args.theorems}", flush=True)
+    theorems = minif2f_theorems(args.minif2f) if args.minif2f else common.load_theorems(args.theorems)
+    own = args.theorems and args.theorems.resolve().is_relative_to(embedded.parent)
+    args.dojo = args.dojo or ("examples.propositional.environment:Dojo" if own else "lean_dojo:Dojo")
+    theorems = [theorem | {"id": i} for i, theorem in enumerate(theorems)]
+    theorems = [theorem for theorem in theorems if not (args.only_untraced and theorem.get("traced_tactics"))]
+    if not theorems:
+        common.refuse(f"{args.theorems}: there is no theorem{' without a trace' * args.only_untraced} in it")
+    return theorems[: args.max_theorems]
+
+
+def minif2f_theorems(split: str) -> list[dict]:
+    """MiniF2F's, by their names in its files, which are in LeanDojo's cache once the repository is traced."""
+    import common
+
+    (url, commit), theorems = MINIF2F, []
+    cache = Path(os.environ.get("CACHE_DIR", Path.home() / ".cache/lean_dojo"))
+    found = sorted(cache.glob(f"*-{Path(url).name}-{commit}*/{Path(url).name}"))
+    if not found:
+        common.refuse(
+            f"MiniF2F is not in LeanDojo's cache {cache}: with Lean and network, once (some hours)\n"
+            f"    python -c \"from lean_dojo import *; trace(LeanGitRepo('{url}', '{commit}'))\""
+        )
+    for name in {"test": ["Test"], "valid": ["Valid"], "both": ["Test", "Valid"]}[split]:
+        file = Path("MiniF2F") / f"{name}.lean"
+        names = re.findall(r"^\s*theorem\s+([^\s:({\[]+)", (found[0] / file).read_text(), re.MULTILINE)
+        place = {"url": url, "commit": found[0].parent.name.rpartition("-")[2], "file_path": str(file)}
+        theorems += [place | {"full_name": full_name, "source": str(found[0] / file)} for full_name in names]
+    return theorems
+
+
+def check_environment(args, theorems):
+    """Say what is missing before anything is started. LeanDojo itself would wait, for GitHub up to 45 minutes."""
+    import common
+
+    module, token = args.dojo.partition(":")[0], os.environ.get("GITHUB_ACCESS_TOKEN")
+    sys.path.append(os.getcwd())
+    if find_spec(module.partition(".")[0]) is None or find_spec(module) is None:
+        how = "pip install lean-dojo==4.20.0 (Python 3.11 or 3.12)" if module == "lean_dojo" else "is it here?"
+        common.refuse(f"--dojo {args.dojo}: {module} cannot be imported: {how}")
+    if module != "lean_dojo":
+        return
+    if not shutil.which("git") or not shutil.which("lake"):
+        common.refuse("no git or no lake on PATH: install git, and Lean by elan, https://lean-lang.org/install")
+    if any("github.com" in theorem["url"] for theorem in theorems):
+        if not token:
+            common.refuse(
+                "GITHUB_ACCESS_TOKEN is not set, and GitHub soon makes LeanDojo wait for 45 minutes without: make a "
+                "token, which needs no rights, at https://github.com/settings/tokens, and export it"
+            )
+        import requests
+
+        try:
+            headers = {"Authorization": f"Bearer {token}"}
+            requests.get("https://api.github.com/user", headers=headers, timeout=20).raise_for_status()
+        except requests.RequestException as error:
+            common.refuse(f"GitHub, which LeanDojo asks about repositories, refuses or is away: {error}"[:300])
+
+
+def choose_models(args) -> list[str]:
+    import common
+
+    models = args.model or args.ensemble or []
+    if not models:
+        runs = {path.parent: 0 for path in Path("runs").glob("lean-neff*/epoch-*") if path.parent.name[9:].isdigit()}
+        for run in sorted(runs, key=lambda run: int(run.name[9:])):
+            epochs = [int(path.name[6:]) for path in run.glob("epoch-*") if path.name[6:].isdigit()]
+            models += [str(run / f"epoch-{max(epochs)}")] if epochs else []
+        if not models:
+            common.refuse(
+                "there are no models runs/lean-neff*/epoch-*; make them first:\n"
+                "    for n in 1 4 8 16 32; do python train_lean_step.py --n-eff $n; done"
+            )
+        if args.ensemble is None and len(models) > 1:
+            common.refuse(
+                f"there are several models ({', '.join(models)}): choose by --model, or use all by --ensemble"
+            )
+    for checkpoint in [*models, *([args.baseline] if args.baseline else [])]:
+        if not common.check_model(checkpoint):
+            common.refuse(f"{checkpoint} holds no weights: give a checkpoint that train_lean_step.py wrote")
+    if len({os.path.normpath(model) for model in models}) < len(models):
+        common.refuse("a model is given twice: an ensemble wants different ones")
+    return models
+
+
+def start_out(args, theorems, runs) -> dict:
+    """Refuse to add to results under other settings. -> the file of results of each (checkpoint, times)."""
+    import common
+
+    names = ("passes", "max_steps", "time_limit", "tactic_timeout", "start_timeout", "block", "merge", "stop_at_first")
+    settings = {name: getattr(args, name) for name in (*names, "seed", "max_new_tokens", "dojo")}
+    asked = [(theorem["id"], theorem["full_name"], theorem["file_path"], theorem["commit"]) for theorem in theorems]
+    settings["theorems"] = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    paths = {}
+    for checkpoint, times in runs:
+        label = re.sub(r"[^\w.-]", "-", "-".join(Path(checkpoint).parts[-2:])) + (f"-x{times}" if times > 1 else "")
+        settings[f"weights of {label}"] = common.fingerprint(checkpoint)
+        paths[checkpoint, times] = args.out / f"{label}.jsonl"
+    if len(set(paths.values())) < len(runs):
+        common.refuse("two checkpoints have the same last two folders: their results cannot be told apart")
+    common.make_folder(args.out)
+    file = args.out / "settings.json"
+    there = json.loads(file.read_text()) if file.exists() else {}
+    for name, value in json.loads(json.dumps(settings)).items():
+        if there and there.get(name, value if name.startswith("weights of") else None) != value:
+            old = "another" if name == "theorems" or name.startswith("weights of") else there.get(name)
+            common.refuse(f"--out {args.out} holds results of other settings ({name}: {old}): give another --out")
+    file.with_suffix(".partial").write_text(json.dumps(there | settings, indent=2) + "\n")
+    file.with_suffix(".partial").rename(file)
+    return paths
+
+
+# ---- The search of one theorem ---------------------------------------------------------------------------------------
+
+
+class Place:
+    """A path from a theorem's initial state that at least one pass has taken: a place in the search tree."""
+
+    def __init__(self, parent, tactic, number, block):
+        self.parent, self.tactic, self.number, self.block = parent, tactic, number, block
+        self.path = (*parent.path, tactic) if parent else ()
+        self.state_path = (*parent.source.state_path, tactic) if parent else ()  # another one under --merge text only
+        self.kind, self.text, self.seconds = "new", None, 0.0  # then open, proved, error, timeout, crash, …
+        self.source = self  # whose state is used: under --merge text, the first place that had this text
+        self.children, self.passes, self.shared = {}, 0, False  # shared: passes of several blocks have come here
+
+
+def prove_theorem(theorem: dict, passes: int, args, lean, sample) -> dict:
+    """All passes of one theorem by one model. -> its line of JSON.
+
+    lean: start(theorem) -> (kind, text, seconds); run(theorem, [(path, tactic)]) -> [(kind, text, seconds)];
+    replay(theorem, paths) -> [states or None]; events, a Counter of what went wrong.
+    sample(theorem, block, {place: n}) -> for each place, (n tactics, seconds); None for a tactic that did not end.
+    """
+    limit, spent, counts = args.time_limit * passes / args.passes, Counter(), Counter()
+    root = Place(None, None, 0, 0)
+    places, known, blocks = [root], {}, []  # known, under --merge text: text, or (text, tactic) -> the first such place
+    proofs, proved, in_time = {}, {}, Counter()  # place -> {block: passes}; place -> states; place -> passes in time
+    kind, root.text, spent["lean"] = lean.start(theorem)
+    known[root.text] = root
+    status, walkers = None if kind == "open" else kind, {}
+
+    # The decision to go on is made before a block and never revoked: to drop a block for being slow would be to leave
+    # out what takes long, such as long proofs.
+    while status is None:
+        done = sum(block["passes"] for block in blocks)
+        if done == passes or spent.total() >= limit:
+            status = "done" if done == passes else "timed out"
+            break
+        number = len(blocks)
+        blocks.append({"passes": min(args.block, passes - done), "sampling": 0.0, "clock": None})
+        walkers = {root: blocks[-1]["passes"]}
+        root.passes += blocks[-1]["passes"]
+        while walkers:
+            moved, new = Counter(), []
+            for place, (tactics, seconds) in zip(walkers, sample(theorem, number, walkers), strict=True):
+                spent["sampling"] += seconds
+                blocks[-1]["sampling"] += seconds
+                counts["steps"] += len(tactics)
+                for tactic, n in Counter(tactics).items():
+                    child = place.children.get(tactic)
+                    if child is None:
+                        child = place.children[tactic] = Place(place, tactic, len(places), number)
+                        places.append(child)
+                        if tactic is None or is_refused(tactic):
+                            child.kind = "refused" if tactic else "no end"
+                        elif args.merge == "text":
+                            child.source = known.setdefault((place.source.text, tactic), child)
+                        new += [child] if child.kind == "new" and child.source is child else []
+                    child.shared |= child.block != number
+                    moved[child] += n
+            calls = [(place.parent.source.state_path, place.tactic) for place in new]
+            for place, (kind, text, seconds) in zip(new, lean.run(theorem, calls), strict=True):
+                place.kind, place.text, place.seconds = kind, text, seconds
+                spent["lean"] += seconds
+                if kind == "open" and args.merge == "text":
+                    place.source = known.setdefault(text, place)
+            counts["tactic_calls"] += len(new)
+
+            walkers = {}
+            for place, n in moved.items():
+                if place.kind == "new":  # the same tactic in the same text, asked before
+                    place.kind, place.text, place.source = place.source.kind, place.source.text, place.source.source
+                place.passes += n
+                if place.kind == "open" and len(place.path) < args.max_steps:
+                    walkers[place] = n
+                    continue
+                counts["ended"] += n
+                if place.kind == "proved":
+                    proofs.setdefault(place, Counter())[number] += n
+                    in_time[place] += n * (spent.total() < limit)
+            if args.stop_at_first and proofs.keys() - proved.keys():
+                fresh = list(proofs.keys() - proved.keys())
+                proved |= zip(fresh, lean.replay(theorem, [place.path for place in fresh]), strict=True)
+                status = "stopped at a proof" if any(proved.values()) else None
+            elif walkers and spent.total() >= 2 * limit:  # a block is to end, but not at any cost
+                status = "block left unfinished"
+            if status:
+                break
+        else:
+            blocks[-1]["clock"] = spent.total()
+
+    fresh = list(proofs.keys() - proved.keys())
+    proved |= zip(fresh, lean.replay(theorem, [place.path for place in fresh]) if fresh else [], strict=True)
+    proofs = {place: found for place, found in proofs.items() if proved[place]}
+    for i, block in enumerate(blocks):
+        block["successes"] = sum(found[i] for found in proofs.values())
+        block["own"] = block.pop("sampling") + sum(p.seconds for p in places if p.block == i and not p.shared)
+    best = min(proofs, key=lambda place: (len(place.path), -place.passes), default=None)
+    wide = [place for place in places if place.children and place.passes >= BRANCHING_PASSES]
+    valid = [child for place in wide for child in place.children.values() if child.kind in ("open", "proved")]
+    return {
+        "id": theorem["id"],
+        "full_name": theorem["full_name"],
+        "file_path": theorem["file_path"],
+        "passes": counts["ended"],
+        "successes": sum(found.total() for found in proofs.values()),
+        "proof": list(best.path) if best else None,
+        "states": proved[best] if best else None,
+        "steps": counts["steps"],  # tactics that the passes tried: what walks taken one by one would apply
+        "tactic_calls": counts["tactic_calls"],
+        "lean_seconds": spent["lean"],
+        "sampling_seconds": spent["sampling"],
+        "timeouts": lean.events["timeout"],
+        "crashes": lean.events["crash"],
+        "status": status,
+        "message": root.text if status == "not started" else "",
+        "asked": passes,
+        "limit": limit,
+        "in_time": sum(in_time[place] for place in proofs),
+        "blocks": [block for block in blocks if block["clock"] is not None],
+        "proofs": len(proofs),
+        "unreplayable": len(proved) - len(proofs),
+        "wide_states": len(wide),
+        "valid_tactics": len(valid),
+        "kinds": dict(Counter(place.kind for place in places[1:])),
+    }
+
+
+def is_refused(tactic: str) -> bool:
+    """Whether a tactic is not even tried: one that would be no proof, or that a terminal's line cannot carry."""
+    request = json.dumps({"sid": 10**6, "cmd": tactic}, ensure_ascii=False)
+    return bool(UNTRUSTED.search(tactic)) or len(request.encode(errors="replace")) > LONGEST_REQUEST
+
+
+# ---- Lean, in Ray workers --------------------------------------------------------------------------------------------
+KINDS = {"TacticState": "open", "ProofFinished": "proved", "LeanError": "error", "ProofGivenUp": "given up"}
+
+
+class LeanWorker:
+    """What runs in a Ray actor: the environment of one theorem at a time. It is told paths, never states: whatever it
+    has lost, it replays. An environment that has raised anything is thrown away."""
+
+    def __init__(self, dojo: str, tactic_timeout: float, start_timeout: float, workers_here: int):
+        import psutil
+
+        self.tactic_timeout, self.start_timeout = tactic_timeout, start_timeout
+        self.manager, self.theorem, self.live, self.repositories = None, None, {}, {}
+        self.mark = f"{os.getpid()}-{time.time_ns()}"
+        watch = [sys.executable, "-c", f"import prove; prove.kill_when_left({self.mark!r})"]
+        self.watch = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
+        os.environ["DCO_LEAN_WORKER"] = self.mark  # which every process that is started in here inherits
+        os.environ["TACTIC_MEMORY_LIMIT"] = f"{max(1, psutil.virtual_memory().total // workers_here >> 30)}g"
+        module, _, self.name = dojo.partition(":")
+        self.module = import_module(module)
+
+    def not_cached(self, repositories: list) -> list[str]:
+        """The repositories that LeanDojo would have to trace anew on this node, which takes hours."""
+        if self.module.__name__ != "lean_dojo":
+            return []
+        from lean_dojo.constants import CACHE_DIR
+
+        names = [(url, commit, f"*-{Path(url).name}-{commit}/{Path(url).name}") for url, commit in repositories]
+        lost = [(url, commit) for url, commit, name in names if not any(CACHE_DIR.glob(name))]
+        return [f"{url} at {commit} is not in {CACHE_DIR} of {os.uname().nodename}" for url, commit in lost]
+
+    def enter(self):
+        """A fresh environment of the theorem."""
+        self.leave()
+        entry, place = self.theorem, (self.theorem["url"], self.theorem["commit"])
+        if hasattr(self.module, "Theorem"):  # without, the class gets the record, and may be a client of whatever
+            if place not in self.repositories:
+                self.repositories[place] = self.module.LeanGitRepo(*place)
+            entry = self.module.Theorem(self.repositories[place], Path(entry["file_path"]), entry["full_name"])
+        self.manager = getattr(self.module, self.name)(entry, timeout=self.start_timeout)
+        self.dojo, state = self.manager.__enter__()
+        for owner in (self.dojo, getattr(self.dojo, "proc", None)):  # LeanDojo has one limit for the start and tactics
+            if hasattr(owner, "timeout"):
+                owner.timeout = self.tactic_timeout
+        self.live = {(): state}
+
+    def leave(self):
+        if self.manager is not None:
+            with contextlib.suppress(Exception):  # of one that has failed before; its processes go in any case
+                self.manager.__exit__(None, None, None)
+            kill_marked(self.mark)
+        self.manager, self.live = None, {}
+
+    def apply(self, path: tuple, tactic: str) -> tuple[str, str]:
+        """-> (kind, text) of a tactic in the state that `path` leads to."""
+        if self.manager is None:
+            self.enter()
+        start = max(i for i in range(len(path) + 1) if path[:i] in self.live)
+        for i in range(start, len(path)):  # after a restart
+            self.live[path[: i + 1]] = self.dojo.run_tac(self.live[path[:i]], path[i])
+        result = self.dojo.run_tac(self.live[path], tactic)
+        kind = KINDS[type(result).__name__]
+        if kind == "open":
+            self.live[(*path, tactic)] = result
+        return kind, result.pp if kind == "open" else str(getattr(result, "error", ""))
+
+    def attempt(self, theorem: dict, what, *inputs) -> tuple:
+        """-> (kind, text, seconds). Any exception of the environment is told, and ends it."""
+        began = time.perf_counter()
+        if theorem != self.theorem:
+            self.leave()
+            self.theorem = theorem
+        try:
+            kind, text = what(*inputs)
+        except Exception as error:
+            self.leave()
+            kind = "timeout" if "timeout" in f"{type(error).__name__} {error}".lower() else "crash"
+            text = f"{type(error).__name__}: {error}"[:300]
+        return kind, text, time.perf_counter() - began
+
+    def start(self, theorem: dict) -> list[tuple]:
+        def first_state():
+            self.enter()
+            return "open", self.live[()].pp
+
+        return [self.attempt(theorem, first_state)]
+
+    def run(self, theorem: dict, calls: list) -> list[tuple]:
+        """calls: (path, tactic). -> (kind, text, seconds) of the first ones: up to what goes wrong or takes long."""
+        outcomes, end = [], time.monotonic() + 2 * self.tactic_timeout
+        while len(outcomes) < len(calls) and time.monotonic() < end and (not outcomes or outcomes[-1][0] not in BROKEN):
+            outcomes.append(self.attempt(theorem, self.apply, *calls[len(outcomes)]))
+        return outcomes
+
+    def replay(self, theorem: dict, paths: list) -> list[tuple]:
+        """-> ("proved", the states along it, seconds) of each path that is a proof: applied from the start, one after
+        the other, in an environment in which nothing has happened before."""
+
+        def prove(path):
+            self.live = {(): self.live[()]} if self.manager else {}
+            kinds = [self.apply(path[:i], path[i])[0] for i in range(len(path))]
+            return kinds[-1], [self.live[path[:i]].pp for i in range(len(path))]
+
+        self.leave()
+        found = [self.attempt(theorem, prove, path) for path in paths]
+        self.leave()
+        return found
+
+
+def kill_marked(mark: str):
+    """Kill what a worker has started, wherever it has got to: a Lean process may be in a session of its own."""
+    import psutil
+
+    found = True
+    while found:
+        found = False
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):  # gone, or another user's
+                if process.environ().get("DCO_LEAN_WORKER") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                    process.kill()
+                    found = True
+
+
+def kill_when_left(mark: str):
+    """Runs beside a worker and outlives it, however it ends: leaves no Lean process behind."""
+    if os.fork() == 0:  # no child of the worker, whose children Ray kills
+        sys.stdin.read()
+        kill_marked(mark)
+
+
+class Lean:
+    """The other end of a worker: replaces one that has died or hangs, and tries once more what has gone wrong."""
+
+    def __init__(self, actor, settings: tuple, patience: float):
+        self.actor, self.settings, self.patience, self.events = actor, settings, patience, Counter()
+        self.worker = actor.remote(*settings)
+
+    def ask(self, method: str, theorem: dict, *inputs) -> list[tuple]:
+        """The worker's answer; if there is none, that of one failed attempt."""
+        import ray
+
+        began = time.perf_counter()
+        try:
+            return ray.get(getattr(self.worker, method).remote(theorem, *inputs), timeout=self.patience)
+        except ray.exceptions.GetTimeoutError:
+            kind, why = "timeout", f"no answer of the environment in {self.patience:g} s"
+        except ray.exceptions.RayError as error:
+            kind, why = "crash", f"the environment's worker died: {str(error).strip().splitlines()[-1]}"[:300]
+        ray.kill(self.worker)
+        self.worker = self.actor.remote(*self.settings)
+        return [(kind, why, time.perf_counter() - began)]
+
+    def start(self, theorem: dict) -> tuple:
+        """-> ("open", first state, seconds) or ("not started", why, seconds)."""
+        self.events.clear()
+        for _ in range(2):
+            ((kind, text, seconds),) = self.ask("start", theorem)
+            if kind == "open":
+                return kind, text, seconds
+            self.events[kind] += 1
+        return "not started", text, seconds
+
+    def run(self, theorem: dict, calls: list) -> list[tuple]:
+        """-> (kind, text, seconds) of each call (path, tactic). One that goes wrong is tried once more, alone."""
+        outcomes, alone, lost = [], False, 0.0
+        while len(outcomes) < len(calls):
+            asked = calls[len(outcomes) :][: 1 if alone else None]
+            answer = self.ask("run", theorem, asked)
+            kind, text, seconds = answer[-1]
+            if kind in BROKEN:
+                self.events[kind] += 1
+                if len(answer) == 1 and alone:  # for the second time
+                    answer, alone, lost = [(kind, text, seconds + lost)], False, 0.0
+                else:
+                    answer, alone, lost = answer[:-1], True, seconds
+            elif alone:
+                answer, alone, lost = [(kind, text, seconds + lost)], False, 0.0
+            outcomes += answer
+        return outcomes
+
+    def replay(self, theorem: dict, paths: list) -> list[list[str] | None]:
+        """The states along each path, None where it is no proof."""
+        found = {}
+        for _ in range(2):
+            left = [path for path in paths if path not in found]
+            answer = self.ask("replay", theorem, left) if left else []
+            self.events.update(kind for kind, _, _ in answer if kind in BROKEN)
+            if len(answer) == len(left):
+                found |= {
+                    path: states for path, (kind, states, _) in zip(left, answer, strict=True) if kind == "proved"
+                }
+        return [found.get(path) for path in paths]
+
+
+def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
+    """Every theorem's passes by one model; each line of `path` is written as soon as it is known."""
+    import ray
+    import torch
+    from tqdm import tqdm
+
+    import common
+
+    record, template = common.read_record(checkpoint), common.TEMPLATES["lean"]
+    max_new_tokens = args.max_new_tokens or record.get("max_new_tokens", 256)
+    longest = min(record.get("max_length", 4096), common.longest_context(checkpoint))
+    seed = common.seed_of(args.seed, common.fingerprint(checkpoint))  # the models of an ensemble draw independently
+    common.start_ray()
+    atexit.register(ray.shutdown)
+    cores, nodes = int(ray.cluster_resources()["CPU"]), sum(node["Alive"] for node in ray.nodes())
+    count = min(args.workers or cores, len(theorems))
+    settings = (args.dojo, args.tactic_timeout, args.start_timeout, math.ceil(count / nodes))
+    actor = ray.remote(LeanWorker).options(num_cpus=min(1, cores / count), scheduling_strategy="SPREAD")
+    patience = 30 + 2 * args.start_timeout + 8 * args.tactic_timeout  # after it, the environment is taken for hung
+    crew = [Lean(actor, settings, patience) for _ in range(count)]
+    repositories = sorted({(theorem["url"], theorem["commit"]) for theorem in theorems})
+    answers = ray.get([lean.worker.not_cached.remote(repositories) for lean in crew])
+    lost = sorted({line for answer in answers for line in answer})
+    if lost:
+        how = "trace it there (python -c 'from lean_dojo import *; trace(LeanGitRepo(URL, COMMIT))') or copy the folder"
+        common.refuse("\n".join(["a repository is missing in LeanDojo's cache:", *lost, how]))
+    if args.engine == "vllm":
+        how = {"memory": args.gpu_memory, "gpus": args.gpus_per_engine}
+        sampler = common.VLLMEngines(accelerator, checkpoint, tokenizer, longest, args.out, **how)
+    else:
+        dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+        model, _ = common.load_model(checkpoint, tokenizer, dtype)
+        sampler = common.LiveModel(accelerator, model.eval().to(accelerator.device), tokenizer, args.batch_size)
+    most = 1 << 16 if args.engine == "vllm" else args.batch_size  # samples in a call
+
+    # A thread a worker goes through theorems; what they want sampled comes together in `inbox`, and goes to the engines
+    # in one call for all theorems in flight.
+    inbox, waiting, lock = SimpleQueue(), deque(theorems), threading.Lock()
+    progress = tqdm(total=len(theorems), unit="theorem", desc=label_of(checkpoint, times), mininterval=1)
+
+    def sample(theorem, block, walkers):
+        answer = Future()
+        inbox.put((theorem, block, list(walkers.items()), answer))
+        return answer.result()
+
+    def work(lean):
+        try:
+            while waiting:
+                result = prove_theorem(waiting.popleft(), args.passes * times, args, lean, sample)
+                with lock:
+                    common.append_json(path, result)
+                    progress.update()
+            inbox.put(None)
+        except BaseException as error:
+            inbox.put(error)
+
+    def sample_together(batch):
+        """Answer the requests of several theorems. A state that leaves no room for a tactic gets none."""
+        began, asked = time.perf_counter(), []  # (prompt, n, seed) of each place
+        for theorem, block, wanted, _ in batch:
+            for place, n in wanted:
+                prompt = tokenizer(template.prompt.format(problem=place.text)).input_ids
+                asked.append((prompt, n, common.seed_of(seed, theorem["id"], block, place.number)))
+        fits = [one for one in asked if len(one[0]) + max_new_tokens <= longest]
+        prompts, counts, seeds = zip(*fits, strict=True) if fits else ((), (), ())
+        drawn = iter(sampler.generate(list(prompts), list(counts), max_new_tokens, list(seeds)) if fits else [])
+        found, tokens = [], []
+        for prompt, n, _ in asked:
+            fits = len(prompt) + max_new_tokens <= longest
+            completions = [one.token_ids for one in next(drawn)] if fits else []
+            tokens.append(len(prompt) + sum(map(len, completions)))
+            found.append([common.read_answer(one, tokenizer, "lean") for one in completions] if fits else [None] * n)
+        each = (time.perf_counter() - began) / sum(tokens)
+        shares = iter([(tactics, each * count) for tactics, count in zip(found, tokens, strict=True)])
+        for _, _, wanted, answer in batch:
+            answer.set_result(list(islice(shares, len(wanted))))
+
+    try:
+        for lean in crew:
+            threading.Thread(target=work, args=[lean], daemon=True).start()
+        ended, requests = 0, deque()
+        while ended < count:
+            while not requests or not inbox.empty():
+                item = inbox.get()
+                if isinstance(item, BaseException):
+                    raise item
+                ended += item is None
+                requests.extend([item] if item else [])
+                if ended == count:
+                    break
+            batch, size = [], 0
+            while requests and size < most:
+                batch.append(requests.popleft())
+                size += sum(n for _, n in batch[-1][2])
+            if batch:
+                sample_together(batch)
+        for lean in crew:
+            ray.get(lean.worker.leave.remote(), timeout=60)
+    finally:
+        progress.close()
+        sampler.shut_down()
+        ray.shutdown()
+
+
+# ---- Estimates -------------------------------------------------------------------------------------------------------
+
+
+def paper_pass_at_n(result: dict, n: int) -> tuple[float, bool]:
+    """The paper's: passes that had not ended within the time limit have failed."""
+    import common
+
+    return float(common.pass_at_n(result["asked"], result["in_time"], n)), False
+
+
+def unbiased_pass_at_n(result: dict, n: int) -> tuple[float, bool]:
+    """-> (estimate, whether it is only a lower bound: that of pass@n from fewer than n passes).
+
+    How many blocks a time limit admits depends on how long they take, and so perhaps on what they prove: their plain
+    average is biased. But the search stopped at the first block with which the time, that of all blocks together and
+    with what several share counted once, was over the limit. It would have done so after the same blocks in any order
+    whose last one is of those without which the time was not over. All these orders are as likely, so the average over
+    them of the estimate from the blocks before the last one is unbiased for n up to one block; for more, given that so
+    many blocks were admitted."""
+    import common
+
+    passes, right = (sum(block[name] for block in result["blocks"]) for name in ("passes", "successes"))
+    if result["status"] == "not started":
+        return 0.0, False
+    if passes < n:
+        return float(right > 0), True
+    end = result["blocks"][-1]["clock"]
+    last = [block for block in result["blocks"] if end >= result["limit"] > end - block["own"]]
+    if last and all(passes - block["passes"] >= n for block in last):
+        without = [(passes - block["passes"], right - block["successes"]) for block in last]
+        return sum(float(common.pass_at_n(size, c, n)) for size, c in without) / len(last), False
+    return float(common.pass_at_n(passes, right, n)), False
+
+
+def report(args, runs, theorems):
+    """Tables on standard output, prove.json, success.png, and the proofs."""
+    import numpy as np
+
+    curve = sorted({*args.ns, *(2**i for i in range(args.passes.bit_length()))}) if not args.stop_at_first else args.ns
+    order, rows = [theorem["id"] for theorem in theorems], {"paper": {}, "unbiased": {}}
+    for kind, estimate in (("paper", paper_pass_at_n), ("unbiased", unbiased_pass_at_n)):
+        missed = {n: np.ones(len(order)) for n in curve}  # Π_m (1 - pass_m@n) of each theorem
+        bounds = {n: False for n in curve}
+        for checkpoint, times, results in runs:
+            by_id = {result["id"]: result for result in results}
+            row = rows[kind][label_of(checkpoint, times)] = {}
+            for n in curve:
+                if args.stop_at_first:
+                    found = [(float(by_id[i]["successes"] > 0), False) for i in order]
+                else:
+                    found = [estimate(by_id[i], n * times) for i in order]
+                values = np.array([value for value, _ in found])
+                row[n] = interval(values, any(bound for _, bound in found))
+                if times == 1:
+                    missed[n] *= 1 - values
+                    bounds[n] |= row[n]["lower_bound"]
+        members = sum(times == 1 for _, times, _ in runs)
+        if args.ensemble is not None:
+            rows[kind][f"ensemble of {members}"] = {n: interval(1 - missed[n], bounds[n]) for n in curve}
+    print("\nsuccess rate in percent, 95 % intervals over theorems\n\n" + markdown_table(rows["paper"], args.ns))
+    if rows["paper"] != rows["unbiased"] and not args.stop_at_first:
+        print("\nand without the bias of the time limit (>=: from fewer passes than N)\n")
+        print(markdown_table(rows["unbiased"], args.ns))
+    lines = []
+    for checkpoint, times, results in runs:
+        total = Counter()
+        for result in results:
+            total.update({name: value for name, value in result.items() if isinstance(value, int) and name != "id"})
+            total.update(late=result["asked"] - result["passes"], solved=result["successes"] > 0)
+        share = 100 * total["tactic_calls"] / max(1, total["steps"])
+        wide = f"{total['valid_tactics'] / total['wide_states']:.1f}" if total["wide_states"] else "-"
+        late = 0.0 if args.stop_at_first else 100 * total["late"] / total["asked"]
+        counted = [total["timeouts"], total["crashes"], total["unreplayable"]]
+        cells = [label_of(checkpoint, times), total["solved"], wide, f"{share:.1f} %", f"{late:.1f} %", *counted]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        for result in results:
+            if result["status"] == "not started":
+                print(f"{result['full_name']} ({result['file_path']}) did not start: {result['message']}")
+    header = f"| model | proved | valid tactics a state (of {BRANCHING_PASSES} passes or more) | calls of one-by-one "
+    header += "walks | passes unfinished | timeouts | crashes | replays failed |"
+    print("\n" + "\n".join([header, "|---" * 8 + "|", *lines]))
+    figures = [] if args.stop_at_first else draw(rows["paper"], args.out / "success.png")
+    file = args.out / "prove.json"
+    arguments = {name: str(value) for name, value in vars(args).items()}
+    file.with_suffix(".partial").write_text(json.dumps({"theorems": len(order), "arguments": arguments, **rows}) + "\n")
+    file.with_suffix(".partial").rename(file)
+    if args.save_proofs:
+        figures += [save_proofs(args.save_proofs, runs, theorems)]
+    print("\nwrote", ", ".join(map(str, [file, *figures])))
+
+
+def interval(values, lower_bound: bool) -> dict:
+    import common
+
+    low, high = common.bootstrap_interval(values)
+    return {"pass": float(values.mean()), "low": low, "high": high, "lower_bound": lower_bound}
+
+
+def label_of(checkpoint: str, times: int) -> str:
+    return checkpoint + (f" ({times} x the passes)" if times > 1 else "")
+
+
+def markdown_table(rows: dict, ns: list[int]) -> str:
+    """Models down, N across, as in Tables 2 and 6."""
+    lines = ["| model | " + " | ".join(f"pass@{n}" for n in ns) + " |", "|---" * (len(ns) + 1) + "|"]
+    for label, row in rows.items():
+        shown = [[100 * row[n][name] for name in ("pass", "low", "high")] for n in ns]
+        bounds = [">= " * row[n]["lower_bound"] for n in ns]
+        cells = [
+            f"{bound}{rate:.1f} [{low:.1f}, {high:.1f}]" for bound, (rate, low, high) in zip(bounds, shown, strict=True)
+        ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: dict, path: Path) -> list[Path]:
+    """Success against passes (Table 6 as a figure), with the intervals over theorems."""
+    import matplotlib
+
+    import common
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(5.6, 3.6), layout="constrained")
+    for i, (colour, (label, row)) in enumerate(zip(common.colours_for(len(rows)), rows.items(), strict=True)):
+        middle, low, high = ([100 * one[name] for one in row.values()] for name in ("pass", "low", "high"))
+        style = {"color": colour, "marker": "osD^vPX"[i % 7], "markersize": 3.5}
+        axis.plot(list(row), middle, label=label, linestyle="-" if label[:8] != "ensemble" else "--", **style)
+        axis.fill_between(list(row), low, high, color=colour, alpha=0.12, linewidth=0)
+    axis.set_xscale("log", base=4)
+    ticks = [n for n in next(iter(rows.values())) if math.log(n, 4).is_integer()]
+    axis.set_xticks(ticks, [f"{n}" for n in ticks])
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("N (passes a theorem and model)")
+    axis.set_ylabel("theorems proved (%)")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=7, loc="upper left")
+    return common.save_figure(figure, path)
+
+
+def save_proofs(path: Path, runs, theorems) -> Path:
+    """A proof a theorem and model, in the format of LeanDojo's benchmark, for train_lean_step.py --extra."""
+    import common
+
+    known, lines = {theorem["id"]: theorem for theorem in theorems}, {}
+    for _, _, results in runs:
+        for result in results:
+            if result["proof"]:
+                after = [*result["states"][1:], "no goals"]
+                steps = [
+                    {"tactic": tactic, "annotated_tactic": [tactic, []], "state_before": before, "state_after": state}
+                    for tactic, before, state in zip(result["proof"], result["states"], after, strict=True)
+                ]
+                theorem = known[result["id"]] | {"traced_tactics": steps}
+                lines[result["id"], *result["proof"]] = json.dumps(theorem)
+    common.make_folder(path.parent)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in lines.values()))
+    partial.rename(path)
+    return path
+
+
+if __name__ == "__main__":
+    main()
