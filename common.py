@@ -219,6 +219,38 @@ def generate(model, tokenizer, prompts: list, n: int, max_new_tokens: int, seed:
     return [completions[i : i + n] for i in range(0, len(completions), n)]
 
 
+@torch.no_grad()
+def sample_together(
+    model, tokenizer, prompts: list, counts: list[int], max_new_tokens: int, seed: int
+) -> list[Counter]:
+    """counts[i] independent samples of prompts[i], for the price of their distinct beginnings: samples that are the
+    same so far share a row, whose next token is drawn from a multinomial. -> {token ids: how many} of each prompt."""
+    device, rng, eos = next(model.parameters()).device, np.random.default_rng(seed), tokenizer.eos_token_id
+    batch = collate([Example(0, ids, []) for ids in prompts], pad_token_id(tokenizer), device)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    found, rows, cache = [Counter() for _ in prompts], [(i, ()) for i in range(len(prompts))], None
+    for length in range(1, max_new_tokens + 1):
+        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        p = output.logits[:, -1].double().softmax(-1).cpu().numpy()  # [rows, V]
+        parents, drawn = (draws := rng.multinomial(counts, p / p.sum(-1, keepdims=True))).nonzero()
+        counts, rows = (
+            draws[parents, drawn],
+            [(rows[r][0], (*rows[r][1], int(t))) for r, t in zip(parents, drawn, strict=True)],
+        )
+        ended = (drawn == eos) | (length == max_new_tokens)
+        for k in ended.nonzero()[0]:
+            found[rows[k][0]][rows[k][1]] += int(counts[k])
+        rows, counts = [row for row, end in zip(rows, ended, strict=True) if not end], counts[~ended]
+        if not rows:
+            break
+        chosen, cache = torch.as_tensor(parents[~ended], device=device), output.past_key_values
+        cache.batch_select_indices(chosen)
+        mask = torch.nn.functional.pad(inputs["attention_mask"][chosen], (0, 1), value=1)
+        tokens = torch.as_tensor(drawn[~ended], device=device)[:, None]
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+    return found
+
+
 def read_answer(completion_ids: list[int], tokenizer, template: str) -> str | None:
     """The answer in a completion, or None: a completion that did not end by itself has none."""
     if not completion_ids or completion_ids[-1] != tokenizer.eos_token_id:
@@ -927,13 +959,10 @@ class LiveModel:
         self.model = accelerator.unwrap_model(model)
 
     def generate(self, prompts, n, max_new_tokens: int, seeds=None, temperature=1.0) -> list[list[Completion]]:
-        """n completions of each prompt, on every process. n: an int, or one a prompt. seeds: one a prompt (see
-        `seed_of`), None is greedy."""
-        if not isinstance(n, int):  # prompts repeated, in one batch: slower than an engine, which shares a prompt
-            repeated = [i for i, count in enumerate(n) for _ in range(count)]
-            every = None if seeds is None else [seeds[i] for i in repeated]
-            flat = self.generate([prompts[i] for i in repeated], 1, max_new_tokens, every, temperature)
-            return [list(chain(*islice(iterator, count))) for iterator in [iter(flat)] for count in n]
+        """n completions of each prompt, on every process. n: an int, or one a prompt (at temperature 1, one process).
+        seeds: one a prompt (see `seed_of`), None is greedy."""
+        if not isinstance(n, int):
+            return self._generate_counts(prompts, n, max_new_tokens, seeds)
         longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
         fits, processes = max(1, min(self.sequences, 2**16 // longest)), self.accelerator.num_processes
         size = max(1, min(fits // n, math.ceil(len(prompts) / processes)))
@@ -948,6 +977,29 @@ class LiveModel:
             for completions in chain(*accelerate.utils.gather_object([drawn])[: len(part)]):
                 found += [Completion(token_ids, None) for token_ids in completions]
         return [found[i : i + n] for i in range(0, len(found), n)]  # only a prompt alone has several jobs
+
+    def _generate_counts(self, prompts, counts, max_new_tokens, seeds):
+        config = self.model.config  # how much memory a token's keys and values take, in all layers
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * size * next(self.model.parameters()).element_size()
+        longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
+        most = max(1, 2**31 // (token * longest))  # samples at once, even if no two begin in the same way
+        found, pieces = [[] for _ in prompts], [(i, j) for i, n in enumerate(counts) for j in range(0, n, most)]
+        while pieces:
+            part, total = [], 0
+            while pieces and total + (n := min(most, counts[pieces[0][0]] - pieces[0][1])) <= most:
+                part.append((*pieces.pop(0), n))
+                total += n
+            asked = (
+                [prompts[i] for i, _, _ in part],
+                [n for *_, n in part],
+                max_new_tokens,
+                seeds[part[0][0]] + part[0][1],
+            )
+            for (i, _, _), drawn in zip(part, sample_together(self.model, self.tokenizer, *asked), strict=True):
+                found[i] += [Completion(list(ids), None) for ids, count in drawn.items() for _ in range(count)]
+        return found
 
     def update_weights(self, model):
         """The weights that it samples from are the model's own."""

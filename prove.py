@@ -45,6 +45,9 @@ from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 
+# The settings that take the place of the defaults when the model is one of examples/: there, a larger block costs
+# hardly any more, and its tactics take no time.
+EXAMPLE_SETTINGS = {"engine": "transformers", "block": 4096, "workers": 8}
 TABLE_NS = "16,64,256,1024,4096"
 MINIF2F = "https://github.com/yangky11/miniF2F-lean4", "be17324"  # its commit for Lean 4.20, as far as it is given
 UNTRUSTED = re.compile(r"\b(sorry\w*|admit|native_decide|ofReduce\w+|trustCompiler)\b|\+\s*native|\x7f")
@@ -53,7 +56,8 @@ BROKEN = ("timeout", "crash")  # outcomes that say nothing of the tactic yet
 BRANCHING_PASSES = 64  # branching is measured at states that at least so many passes have come to
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv=None, settings=None):
+    """argparse and the checks that need nothing but the arguments. settings: defaults in place of those here."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--model CKPT | --ensemble [CKPT ...]] [--flag VALUE ...]",
         description=__doc__,
@@ -90,6 +94,7 @@ def parse_arguments(argv=None):
     where = parser.add_argument_group("what is written")
     where.add_argument("--out", type=Path, help="default: runs/prove-<theorems>")
     where.add_argument("--save-proofs", type=Path, metavar="FILE", help="proofs, for train_lean_step.py --extra")
+    parser.set_defaults(**settings or {})
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if type(value) in (int, float) and name != "seed" and not 0 < value < math.inf:
@@ -119,9 +124,11 @@ def main(argv=None):
     import common
 
     # Whatever can be refused is refused here: theorems, environment, checkpoints, and what --out holds already.
+    models = choose_models(args)
+    if all(map(common.is_example, models)):
+        args = parse_arguments(argv, EXAMPLE_SETTINGS)
     theorems = choose_theorems(args)
     check_environment(args, theorems)
-    models = choose_models(args)
     runs = [(model, 1) for model in models] + ([(args.baseline, len(models))] if args.baseline else [])
     args.engine = common.choose_engine(args.engine)
     tokenizers = {checkpoint: common.load_tokenizer(checkpoint) for checkpoint, _ in runs}
@@ -131,10 +138,10 @@ def main(argv=None):
     if accelerator.num_processes > 1:
         common.refuse("prove.py is one process, whose engines take all GPUs: start it with python, not accelerate")
     print(
-        f"{len(theorems):,} theorems, {args.passes:,} passes each, up to {args.max_steps} steps, merge by {args.merge}\n"
+        f"{len(theorems):,} theorems, {args.passes:,} passes each, of up to {args.max_steps} steps, by {args.merge}\n"
         f"  models  {', '.join(models)}{f'; {args.baseline} {len(models)} x the passes' * bool(args.baseline)}\n"
         f"  time    {args.time_limit:,.0f} s a theorem and {args.passes:,} passes, {args.tactic_timeout:g} s a tactic\n"
-        f"  Lean    {args.dojo}, sampling by {args.engine}, seed {args.seed}\n"
+        f"  Lean    {args.dojo}, sampling by {args.engine}, blocks of {args.block}, seed {args.seed}\n"
         f"  out     {args.out}",
         flush=True,
     )
