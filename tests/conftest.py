@@ -1,6 +1,7 @@
 """The tests run the scripts as a user does, from a copy of nothing: the repository itself, on its embedded examples."""
 
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -85,3 +86,21 @@ def cross_entropy_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "direct-n1"
     done = run_script("train_direct.py", "--n-prime", 1, "--epochs", 2, "--out", out, "--checkpoint-at", 0.11, 0.86)
     return out, done
+
+
+@pytest.fixture(scope="session")
+def lean(tmp_path_factory):
+    """The environment in which lean_dojo meets the stand-in for Lean, set for this process and all that it starts.
+
+    Who needs theorems that fail the first time sets TRIES to a folder of its own: this one serves the whole session.
+    """
+    from lean_repository import make_repository, running
+
+    assert "lean_dojo" not in sys.modules, "lean_dojo reads where its cache is once, when it is imported"
+    environment = make_repository(tmp_path_factory.mktemp("lean"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield environment
+    for pid in running(environment):
+        os.kill(pid, signal.SIGKILL)
