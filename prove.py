@@ -50,7 +50,7 @@ from queue import SimpleQueue
 EXAMPLE_SETTINGS = {"engine": "transformers", "block": 4096, "workers": 8}
 TABLE_NS = "16,64,256,1024,4096"
 MINIF2F = "https://github.com/yangky11/miniF2F-lean4", "be17324"  # its commit for Lean 4.20, as far as it is given
-UNTRUSTED = re.compile(r"\b(sorry\w*|admit|native_decide|ofReduce\w+|trustCompiler)\b|\+\s*native|\x7f")
+UNTRUSTED = re.compile(r"\b(sorry\w*|admit|native_decide|ofReduce\w+|trustCompiler)\b|\+\s*native|\bnative\s*:=|\x7f")
 LONGEST_REQUEST = 4000  # bytes; a pty takes no line above 4,095
 BROKEN = ("timeout", "crash")  # outcomes that say nothing of the tactic yet
 BRANCHING_PASSES = 64  # branching is measured at states that at least so many passes have come to
