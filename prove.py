@@ -453,6 +453,8 @@ class LeanWorker:
         for owner in (self.dojo, getattr(self.dojo, "proc", None)):  # LeanDojo has one limit for the start and tactics
             if hasattr(owner, "timeout"):
                 owner.timeout = self.tactic_timeout
+            if hasattr(owner, "delaybeforesend"):  # pexpect's 50 ms before each tactic, for terminals that echo
+                owner.delaybeforesend = None
         self.live = {(): state}
 
     def leave(self):
