@@ -642,7 +642,7 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
 
     # A thread a worker goes through theorems; what they want sampled comes together in `inbox`, and goes to the engines
     # in one call for all theorems in flight.
-    inbox, waiting, lock = SimpleQueue(), deque(theorems), threading.Lock()
+    inbox, waiting, lock = SimpleQueue(), iter(theorems), threading.Lock()
     progress = tqdm(total=len(theorems), unit="theorem", desc=label_of(checkpoint, times), mininterval=1)
 
     def sample(theorem, block, walkers):
@@ -652,8 +652,8 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
 
     def work(lean):
         try:
-            while waiting:
-                result = prove_theorem(waiting.popleft(), args.passes * times, args, lean, sample)
+            for theorem in waiting:  # all threads take from the one iterator
+                result = prove_theorem(theorem, args.passes * times, args, lean, sample)
                 with lock:
                     common.append_json(path, result)
                     progress.update()
