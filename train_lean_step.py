@@ -283,12 +283,15 @@ def main(argv=None):
 
     def train_proofs(proofs, room, count, chosen):
         """As `train`, for chosen proofs: 1/count Σ F(N', Π p) · Σ NLL over the steps, with the F of scoring."""
-        log_p = torch.stack([scored[proof] for proof in proofs]) if refill.accept else score_proofs(proofs)
+        log_p = torch.zeros(len(proofs), device=accelerator.device)
+        if args.n_prime > 1:  # F of cross-entropy is 1, whatever p
+            log_p = torch.stack([scored[proof] for proof in proofs]) if refill.accept else score_proofs(proofs)
         factor, rounds = common.dco_factor(log_p, args.n_prime), steps_of(proofs, args.micro_batch_size)
+        found = torch.zeros_like(log_p)
         for k, (places, ids) in enumerate(rounds, 1):
-            last = k == len(rounds) and len(proofs) == room
-            train(ids, len(ids), count, True, factor[torch.tensor(places, device=factor.device)], last)
-        return log_p
+            last, places = k == len(rounds) and len(proofs) == room, torch.tensor(places, device=factor.device)
+            found.index_add_(0, places, train(ids, len(ids), count, True, factor[places], last))
+        return found
 
     by_proof = args.level == "proof"
     refill = common.Refill(
