@@ -592,7 +592,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced(ray_here, actor, tmp_path):
     calls += [(("step", "step"), "step"), ((), "raise"), ((), "nothing")]
     outcomes = lean.run(theorem, calls)
     assert kinds(outcomes) == ["open", "open", "open", "crash", "proved", "crash", "error"]
-    assert "worker died" in outcomes[3][1] and "no such luck" in outcomes[5][1] and lean.events == {"crash": 5}
+    assert "worker died" in outcomes[3][1] and "no such luck" in outcomes[5][1] and lean.events["crash"] >= 5
     lean.patience = 2.0
     (hung,) = lean.run(theorem, [((), "hang")])
     assert hung[:2] == ("timeout", "no answer of the environment in 2 s") and 4 <= hung[2] < 8
@@ -684,8 +684,8 @@ def whole_run(lean, records, scripted, tmp_path_factory):
     (folder / "tries").mkdir()
     theorems = write_theorems(folder / "theorems.json", records, HERE)
     flags = ["--model", scripted, "--theorems", theorems, "--passes", 64, "--block", 16, "--workers", 2]
-    flags += ["--tactic-timeout", 2, "--start-timeout", 30, "--engine", "transformers", "--out", folder / "out"]
-    flags += ["--max-steps", 8, "--save-proofs", folder / "proofs.jsonl", "--dojo", "lean_dojo:Dojo"]
+    flags += ["--tactic-timeout", 1, "--start-timeout", 30, "--engine", "transformers", "--out", folder / "out"]
+    flags += ["--max-steps", 4, "--save-proofs", folder / "proofs.jsonl", "--dojo", "lean_dojo:Dojo"]
     process = start_script(*flags, **{TRIES: str(folder / "tries")})
     return folder, *finish(process), flags
 
@@ -782,7 +782,7 @@ SLOW_CHANCES = {
     **{state: chances for state, chances in CHANCES.items() if "h : p ∧ q\n⊢ p" in state or "hp : p" in state},
     "else": {"simp": 1, "exfalso": 1},
 }
-DISTURBED = ["one_step", "two_steps", "unprovable"] * 3
+DISTURBED = ["one_step", "two_steps", "unprovable"] * 2
 
 
 @pytest.fixture(scope="module")
@@ -793,11 +793,11 @@ def disturbed(lean, records, tmp_path_factory):
     folder = tmp_path_factory.mktemp("disturbed")
     model = make_checkpoint(folder / "model" / "epoch-1", SLOW_CHANCES)
     theorems = write_theorems(folder / "theorems.json", records, DISTURBED)
-    flags = ["--model", model, "--theorems", theorems, "--passes", 128, "--block", 32, "--workers", 1]
-    flags += ["--max-steps", 10, "--tactic-timeout", 20, "--engine", "transformers", "--dojo", "lean_dojo:Dojo"]
+    flags = ["--model", model, "--theorems", theorems, "--passes", 64, "--block", 16, "--workers", 1]
+    flags += ["--max-steps", 8, "--tactic-timeout", 20, "--engine", "transformers", "--dojo", "lean_dojo:Dojo"]
     finish(start_script(*flags, "--out", folder / "whole"))
     whole = read(folder / "whole/model-epoch-1.jsonl")
-    assert [line["full_name"] for line in whole] == DISTURBED and sum(line["successes"] for line in whole) > 100
+    assert [line["full_name"] for line in whole] == DISTURBED and sum(line["successes"] for line in whole) > 20
     return flags, whole, {PAUSE: "0.05"}
 
 
@@ -844,33 +844,44 @@ def test_a_lean_that_is_killed_is_replaced_and_nothing_is_lost(disturbed, lean, 
     assert running(lean, wait=5) == []
 
 
+def called(word):
+    """Processes that have the word in their command: "LeanWorker", or "kill_when_left" for who clears up after one."""
+    import psutil
+
+    return {p for p in psutil.process_iter(["cmdline"]) if word in " ".join(p.info["cmdline"] or [])}
+
+
 def test_a_killed_run_goes_on_where_it_was(disturbed, lean, tmp_path):
     flags, whole, pause = disturbed
-    path = tmp_path / "out/model-epoch-1.jsonl"
+    path, before = tmp_path / "out/model-epoch-1.jsonl", called("kill_when_left")
     process = start_script(*flags, "--out", tmp_path / "out", **pause)
-    wait_until(lambda: lines_in(path) >= 3, process)
-    below = descendants(process.pid)
+    wait_until(lambda: lines_in(path) >= 2, process)
+    below = called("LeanWorker") & set(descendants(process.pid))  # Ray's own processes take their time
+    assert len(below) == 1 and len(called("kill_when_left") - before) == 1
     process.kill()
     process.communicate()
-    assert running(lean, wait=15) == [] and gone(below) == []
+    assert running(lean, wait=15) == [] and gone(list(below)) == [] and called("kill_when_left") <= before
     done = lines_in(path)
     with open(path, "a") as file:
         file.write('{"id": 8, "full_na')  # as a kill in the middle of a write leaves it
-    out, _ = finish(start_script(*flags, "--out", tmp_path / "out"))
+    finish(start_script(*flags, "--out", tmp_path / "out"))
     found = read(path)
-    assert 3 <= done < len(found)
+    assert 2 <= done < len(found) == len(DISTURBED) == len({line["id"] for line in found})
     assert [deterministic(line) for line in found] == [deterministic(line) for line in whole]
-    assert len({line["id"] for line in found}) == len(found) == len(DISTURBED)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, (130, 1, -2)), (signal.SIGTERM, (143,))])
-def test_an_interrupted_run_leaves_no_process(number, code, disturbed, lean, tmp_path):
+def test_an_interrupted_run_leaves_no_process(disturbed, lean, tmp_path):
     flags, _, pause = disturbed
-    process = start_script(*flags, "--out", tmp_path / "out", **pause)
-    wait_until(lambda: lines_in(tmp_path / "out/model-epoch-1.jsonl"), process)
-    below = descendants(process.pid)
-    assert len(below) > 3
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode in code
-    assert gone(below) == [] and running(lean, wait=10) == []
+    signals = {signal.SIGINT: (130, 1, -2), signal.SIGTERM: (143,)}
+    started = {number: start_script(*flags, "--out", tmp_path / number.name, **pause) for number in signals}
+    below, before = {}, called("kill_when_left")
+    for number, process in started.items():
+        wait_until(lambda name=number.name: lines_in(tmp_path / name / "model-epoch-1.jsonl"), process)
+        below[number] = descendants(process.pid)
+        assert called("LeanWorker") & set(below[number])
+        process.send_signal(number)
+    for number, process in started.items():
+        process.communicate(timeout=60)
+        assert process.returncode in signals[number]
+        assert gone(below[number]) == []
+    assert running(lean, wait=10) == [] and called("kill_when_left") <= before
