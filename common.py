@@ -332,7 +332,7 @@ def load_theorems(path: Path) -> list[dict]:
     """-> theorems as LeanDojo's benchmark has them, from a JSON list or an object a line: "url", "commit", "file_path",
     "full_name", "traced_tactics": [{"tactic", "state_before", …}], and what else is there; "source" is added."""
     if not path.is_file():
-        refuse(f"{path} does not exist; LeanDojo Benchmark 4 is at https://doi.org/10.5281/zenodo.8040109")
+        refuse(f"{path} does not exist; LeanDojo Benchmark 4 is at https://zenodo.org/records/12740403")
     if path.suffix == ".jsonl":
         found = list(read_json_lines(path))
     else:

@@ -47,7 +47,7 @@ from queue import SimpleQueue
 
 # The settings that take the place of the defaults when the model is one of examples/: there, a larger block costs
 # hardly any more, and its tactics take no time.
-EXAMPLE_SETTINGS = {"engine": "transformers", "block": 4096, "workers": 8}
+EXAMPLE_SETTINGS = {"engine": "transformers", "block": 4096}
 TABLE_NS = "16,64,256,1024,4096"
 MINIF2F = "https://github.com/yangky11/miniF2F-lean4", "be17324"  # its commit for Lean 4.20, as far as it is given
 UNTRUSTED = re.compile(r"\b(sorry\w*|admit|native_decide|ofReduce\w+|trustCompiler)\b|\+\s*native|\x7f")
@@ -90,7 +90,6 @@ def parse_arguments(argv=None, settings=None):
     sampling.add_argument("--gpu-memory", type=float, default=0.85, help="vLLM's share of each GPU")
     sampling.add_argument("--gpus-per-engine", type=int, default=1)
     sampling.add_argument("--max-new-tokens", type=int, help="of a tactic (default: the checkpoint's)")
-    sampling.add_argument("--batch-size", type=int, default=512, help="sequences that transformers compute at once")
     where = parser.add_argument_group("what is written")
     where.add_argument("--out", type=Path, help="default: runs/prove-<theorems>")
     where.add_argument("--save-proofs", type=Path, metavar="FILE", help="proofs, for train_lean_step.py --extra")
@@ -604,8 +603,7 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
     else:
         dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
         model, _ = common.load_model(checkpoint, tokenizer, dtype)
-        sampler = common.LiveModel(accelerator, model.eval().to(accelerator.device), tokenizer, args.batch_size)
-    most = 1 << 16 if args.engine == "vllm" else args.batch_size  # samples in a call
+        sampler = common.LiveModel(accelerator, model.eval().to(accelerator.device), tokenizer)
 
     # A thread a worker goes through theorems; what they want sampled comes together in `inbox`, and goes to the engines
     # in one call for all theorems in flight.
@@ -667,7 +665,7 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
                 if ended == count:
                     break
             batch, size = [], 0
-            while requests and size < most:
+            while requests and size < 1 << 16:
                 batch.append(requests.popleft())
                 size += sum(n for _, n in batch[-1][2])
             if batch:
