@@ -984,7 +984,7 @@ class LiveModel:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token = 2 * config.num_hidden_layers * heads * size * next(self.model.parameters()).element_size()
         longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
-        most = max(1, 2**31 // (token * longest))  # samples at once, even if no two begin in the same way
+        most = max(1, min(2**31 // (token * longest), 2**28 // config.vocab_size))  # rows, if no two begin alike
         found, pieces = [[] for _ in prompts], [(i, j) for i, n in enumerate(counts) for j in range(0, n, most)]
         while pieces:
             part, total = [], 0

@@ -91,7 +91,7 @@ def parse_arguments(argv=None, settings=None):
     sampling.add_argument("--gpus-per-engine", type=int, default=1)
     sampling.add_argument("--max-new-tokens", type=int, help="of a tactic (default: the checkpoint's)")
     where = parser.add_argument_group("what is written")
-    where.add_argument("--out", type=Path, help="default: runs/prove-<theorems>")
+    where.add_argument("--out", type=Path, help="default: runs/prove-<folder>-<file> of the theorems")
     where.add_argument("--save-proofs", type=Path, metavar="FILE", help="proofs, for train_lean_step.py --extra")
     parser.set_defaults(**settings or {})
     args = parser.parse_args(argv)
@@ -131,13 +131,16 @@ def main(argv=None):
     runs = [(model, 1) for model in models] + ([(args.baseline, len(models))] if args.baseline else [])
     args.engine = common.choose_engine(args.engine)
     tokenizers = {checkpoint: common.load_tokenizer(checkpoint) for checkpoint, _ in runs}
-    args.out = args.out or Path(f"runs/prove-{args.theorems.parent.name if args.theorems else 'minif2f'}")
+    name = (
+        f"{args.theorems.absolute().parent.name}-{args.theorems.stem}" if args.theorems else f"minif2f-{args.minif2f}"
+    )
+    args.out = args.out or Path(f"runs/prove-{name}{'-untraced' * args.only_untraced}")
     paths = start_out(args, theorems, runs)
     accelerator = common.make_accelerator()
     if accelerator.num_processes > 1:
         common.refuse("prove.py is one process, whose engines take all GPUs: start it with python, not accelerate")
     print(
-        f"{len(theorems):,} theorems, {args.passes:,} passes each, of up to {args.max_steps} steps, by {args.merge}\n"
+        f"{len(theorems):,} theorems, {args.passes:,} passes each of {args.max_steps} steps at most, by {args.merge}\n"
         f"  models  {', '.join(models)}{f'; {args.baseline} {len(models)} x the passes' * bool(args.baseline)}\n"
         f"  time    {args.time_limit:,.0f} s a theorem and {args.passes:,} passes, {args.tactic_timeout:g} s a tactic\n"
         f"  Lean    {args.dojo}, sampling by {args.engine}, blocks of {args.block}, seed {args.seed}\n"
@@ -670,8 +673,8 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
                 size += sum(n for _, n in batch[-1][2])
             if batch:
                 answer_together(batch)
-        for lean in crew:
-            ray.get(lean.worker.leave.remote(), timeout=60)
+        with contextlib.suppress(ray.exceptions.RayError):  # what does not leave is killed below
+            ray.get([lean.worker.leave.remote() for lean in crew], timeout=60)
     finally:
         progress.close()
         sampler.shut_down()
