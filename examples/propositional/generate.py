@@ -196,10 +196,11 @@ def random_formula(rng, atoms, size):
     return (connective, random_formula(rng, atoms, left), random_formula(rng, atoms, size - 1 - left))
 
 
-def random_sequent(rng):
+def random_sequent(rng, length=6):
+    """For a proof of about this length."""
     atoms = "ABCD"[: rng.choice((3, 4))]
     hypotheses = [random_formula(rng, atoms, rng.choice((0, 1, 1, 2))) for _ in range(rng.choice((0, 1, 2, 2, 3)))]
-    return atoms, hypotheses, random_formula(rng, atoms, rng.randint(0, 6))
+    return atoms, hypotheses, random_formula(rng, atoms, rng.randint(length // 3, length // 2 + 1))
 
 
 def canonical(hypotheses, goal):
@@ -216,7 +217,7 @@ def theorems(split, lengths, seed, taken):
     waiting = {length: [] for length in wanted}  # found before they were wanted
     for number, length in enumerate(wanted):
         while not waiting[length]:
-            atoms, hypotheses, target = random_sequent(rng)
+            atoms, hypotheses, target = random_sequent(rng, length)
             holds = (1 << 64) - 1
             for formula in hypotheses:
                 holds &= truth_table(formula)
