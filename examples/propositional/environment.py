@@ -8,7 +8,8 @@
 Tactics, one a request, on the first goal (h, a, b: new names; t: a hypothesis or an application `h1 h2`):
     intro h …      exact t         apply t          constructor     left     right     exfalso     assumption
     have h := t    cases t (a proof of False)       obtain ⟨a, b⟩ := t       obtain a | b := t
-They do what Lean's do, with one exception: a name in use cannot be taken again (Lean would shadow it and print h✝).
+They do what Lean's do, or refuse: anything else that Lean would take is an error here, among it a new name that is in
+use already (Lean would shadow it and print h✝) and `constructor` for ∨.
 
 A formula is an atom's name, "False", or (connective, left, right); ¬A is ("¬", A, "False"), the same to Lean as
 A → False. An atom is a hypothesis of type Prop.

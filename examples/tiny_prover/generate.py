@@ -1,4 +1,4 @@
-"""Make the embedded prover's folder: a Llama of about 200,000 parameters for the states and tactics of
+"""Make the embedded prover's folder: a Llama of about 90,000 parameters for the states and tactics of
 examples/propositional, without weights.
 
     python examples/tiny_prover/generate.py
@@ -44,14 +44,14 @@ def main():
     LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=len(vocabulary),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=3,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=1024,
-        initializer_range=0.102,
+        initializer_range=0.125,
         tie_word_embeddings=False,
         bos_token_id=vocabulary["<s>"],
         eos_token_id=vocabulary["</s>"],
