@@ -18,13 +18,14 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 NAMES = [*"ABCDEF", *(f"h{i}" for i in range(1, 13)), "False", "Prop", "inl", "inr", "mp", "mpr", "a"]
 BEFORE_SPACE = ["case", "intro", "exact", "apply", "obtain", "have", "cases", "⊢", ","]
 BETWEEN_SPACES = ["→", "∧", "∨", "↔", ":", ":=", "|"]
-ALONE = ["constructor", "left", "right", "exfalso", "assumption", "sorry", "¬", "(", ")", "⟨", "⟩", ".", "---", " ", "\n"]
+WORDS = ["constructor", "left", "right", "exfalso", "assumption", "sorry"]
+SYMBOLS = ["¬", "(", ")", "⟨", "⟩", ".", "---", " ", "\n"]
 PATTERN = rf"(?:{'|'.join(BEFORE_SPACE[:-2])}|⊢|,) | (?::=|[→∧∨↔:|]) |:=|---|[A-Za-z][A-Za-z0-9_']*|[\s\S]"
 
 
 def main():
     folder = Path(__file__).parent
-    tokens = [*SPECIAL, *NAMES, *(f"{t} " for t in BEFORE_SPACE), *(f" {t} " for t in BETWEEN_SPACES), *ALONE]
+    tokens = [*SPECIAL, *NAMES, *(f"{t} " for t in BEFORE_SPACE), *(f" {t} " for t in BETWEEN_SPACES), *WORDS, *SYMBOLS]
     vocabulary = {token: i for i, token in enumerate([*tokens, *BEFORE_SPACE, *BETWEEN_SPACES])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
