@@ -21,7 +21,7 @@ try:
 except ImportError:
     from examples.propositional.environment import Goal, apply_tactic, premises, show, show_goal, unfold
 
-TRACED, UNTRACED, VAL, TEST = 1300, 300, 100, 250
+TRACED, UNTRACED, VAL, TEST = 1000, 300, 100, 250
 SHORT = {1: 20, 2: 26, 3: 14, 4: 10, 5: 8, 6: 7, 7: 5, 8: 4, 9: 2, 10: 1, 11: 1, 12: 0.5, 13: 0.5, 14: 0.5, 15: 0.5}
 LONG = dict.fromkeys(range(3, 9), 1)
 NAMES = 12  # hypotheses are h1 to h12
