@@ -220,34 +220,34 @@ def generate(model, tokenizer, prompts: list, n: int, max_new_tokens: int, seed:
 
 
 @torch.no_grad()
-def sample_together(
-    model, tokenizer, prompts: list, counts: list[int], max_new_tokens: int, seed: int
-) -> list[Counter]:
+def sample_together(model, tokenizer, prompts: list, counts: list[int], max_new_tokens: int, seeds: list[int]) -> list:
     """counts[i] independent samples of prompts[i], for the price of their distinct beginnings: samples that are the
-    same so far share a row, whose next token is drawn from a multinomial. -> {token ids: how many} of each prompt."""
-    device, rng, eos = next(model.parameters()).device, np.random.default_rng(seed), tokenizer.eos_token_id
+    same so far share a row, whose next token is drawn from a multinomial. -> a Counter of token ids of each prompt."""
+    device, eos, rngs = next(model.parameters()).device, tokenizer.eos_token_id, [*map(np.random.default_rng, seeds)]
     batch = collate([Example(0, ids, []) for ids in prompts], pad_token_id(tokenizer), device)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    found, rows, cache = [Counter() for _ in prompts], [(i, ()) for i in range(len(prompts))], None
+    found, cache = [Counter() for _ in prompts], None
+    rows, owners, counts = [()] * len(prompts), np.arange(len(prompts)), np.array(counts)  # of each row: ids, prompt, n
     for length in range(1, max_new_tokens + 1):
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         p = output.logits[:, -1].double().softmax(-1).cpu().numpy()  # [rows, V]
-        parents, drawn = (draws := rng.multinomial(counts, p / p.sum(-1, keepdims=True))).nonzero()
-        counts, rows = (
-            draws[parents, drawn],
-            [(rows[r][0], (*rows[r][1], int(t))) for r, t in zip(parents, drawn, strict=True)],
-        )
-        ended = (drawn == eos) | (length == max_new_tokens)
+        p /= p.sum(-1, keepdims=True)
+        draws = [rngs[i].multinomial(counts[owners == i], p[owners == i]) for i in np.unique(owners)]  # rows in order
+        parents, tokens = (draws := np.concatenate(draws)).nonzero()
+        rows = [(*rows[row], token) for row, token in zip(parents, tokens.tolist(), strict=True)]
+        owners, counts = owners[parents], draws[parents, tokens]
+        ended = (tokens == eos) | (length == max_new_tokens)
         for k in ended.nonzero()[0]:
-            found[rows[k][0]][rows[k][1]] += int(counts[k])
-        rows, counts = [row for row, end in zip(rows, ended, strict=True) if not end], counts[~ended]
-        if not rows:
+            found[owners[k]][rows[k]] += int(counts[k])
+        left = (~ended).nonzero()[0]
+        if not len(left):
             break
-        chosen, cache = torch.as_tensor(parents[~ended], device=device), output.past_key_values
+        rows, owners, counts = [rows[k] for k in left], owners[left], counts[left]
+        chosen, cache = torch.as_tensor(parents[left], device=device), output.past_key_values
         cache.batch_select_indices(chosen)
         mask = torch.nn.functional.pad(inputs["attention_mask"][chosen], (0, 1), value=1)
-        tokens = torch.as_tensor(drawn[~ended], device=device)[:, None]
-        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+        last = torch.as_tensor(tokens[left], device=device)[:, None]
+        inputs = {"input_ids": last, "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
     return found
 
 
@@ -332,7 +332,7 @@ def load_theorems(path: Path) -> list[dict]:
     """-> theorems as LeanDojo's benchmark has them, from a JSON list or an object a line: "url", "commit", "file_path",
     "full_name", "traced_tactics": [{"tactic", "state_before", …}], and what else is there; "source" is added."""
     if not path.is_file():
-        refuse(f"{path} does not exist; LeanDojo Benchmark 4 is at https://doi.org/10.5281/zenodo.8040109")
+        refuse(f"{path} does not exist; LeanDojo Benchmark 4 is at https://zenodo.org/records/12740403")
     if path.suffix == ".jsonl":
         found = list(read_json_lines(path))
     else:
@@ -984,21 +984,17 @@ class LiveModel:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token = 2 * config.num_hidden_layers * heads * size * next(self.model.parameters()).element_size()
         longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
-        most = max(1, 2**31 // (token * longest))  # samples at once, even if no two begin in the same way
+        most = max(1, min(2**31 // (token * longest), 2**28 // config.vocab_size))  # rows, if no two begin alike
         found, pieces = [[] for _ in prompts], [(i, j) for i, n in enumerate(counts) for j in range(0, n, most)]
         while pieces:
             part, total = [], 0
             while pieces and total + (n := min(most, counts[pieces[0][0]] - pieces[0][1])) <= most:
                 part.append((*pieces.pop(0), n))
                 total += n
-            asked = (
-                [prompts[i] for i, _, _ in part],
-                [n for *_, n in part],
-                max_new_tokens,
-                seeds[part[0][0]] + part[0][1],
-            )
-            for (i, _, _), drawn in zip(part, sample_together(self.model, self.tokenizer, *asked), strict=True):
-                found[i] += [Completion(list(ids), None) for ids, count in drawn.items() for _ in range(count)]
+            asked = ([prompts[i] for i, _, _ in part], [n for *_, n in part], max_new_tokens)
+            drawn = sample_together(self.model, self.tokenizer, *asked, [seeds[i] + first for i, first, _ in part])
+            for (i, _, _), tally in zip(part, drawn, strict=True):
+                found[i] += [Completion(list(ids), None) for ids, count in tally.items() for _ in range(count)]
         return found
 
     def update_weights(self, model):

@@ -47,7 +47,7 @@ from queue import SimpleQueue
 
 # The settings that take the place of the defaults when the model is one of examples/: there, a larger block costs
 # hardly any more, and its tactics take no time.
-EXAMPLE_SETTINGS = {"engine": "transformers", "block": 4096, "workers": 8}
+EXAMPLE_SETTINGS = {"engine": "transformers", "block": 4096}
 TABLE_NS = "16,64,256,1024,4096"
 MINIF2F = "https://github.com/yangky11/miniF2F-lean4", "be17324"  # its commit for Lean 4.20, as far as it is given
 UNTRUSTED = re.compile(r"\b(sorry\w*|admit|native_decide|ofReduce\w+|trustCompiler)\b|\+\s*native|\bnative\s*:=|\x7f")
@@ -90,9 +90,8 @@ def parse_arguments(argv=None, settings=None):
     sampling.add_argument("--gpu-memory", type=float, default=0.85, help="vLLM's share of each GPU")
     sampling.add_argument("--gpus-per-engine", type=int, default=1)
     sampling.add_argument("--max-new-tokens", type=int, help="of a tactic (default: the checkpoint's)")
-    sampling.add_argument("--batch-size", type=int, default=512, help="sequences that transformers compute at once")
     where = parser.add_argument_group("what is written")
-    where.add_argument("--out", type=Path, help="default: runs/prove-<theorems>")
+    where.add_argument("--out", type=Path, help="default: runs/prove-<folder>-<file> of the theorems")
     where.add_argument("--save-proofs", type=Path, metavar="FILE", help="proofs, for train_lean_step.py --extra")
     parser.set_defaults(**settings or {})
     args = parser.parse_args(argv)
@@ -132,13 +131,16 @@ def main(argv=None):
     runs = [(model, 1) for model in models] + ([(args.baseline, len(models))] if args.baseline else [])
     args.engine = common.choose_engine(args.engine)
     tokenizers = {checkpoint: common.load_tokenizer(checkpoint) for checkpoint, _ in runs}
-    args.out = args.out or Path(f"runs/prove-{args.theorems.parent.name if args.theorems else 'minif2f'}")
+    name = (
+        f"{args.theorems.absolute().parent.name}-{args.theorems.stem}" if args.theorems else f"minif2f-{args.minif2f}"
+    )
+    args.out = args.out or Path(f"runs/prove-{name}{'-untraced' * args.only_untraced}")
     paths = start_out(args, theorems, runs)
     accelerator = common.make_accelerator()
     if accelerator.num_processes > 1:
         common.refuse("prove.py is one process, whose engines take all GPUs: start it with python, not accelerate")
     print(
-        f"{len(theorems):,} theorems, {args.passes:,} passes each, of up to {args.max_steps} steps, by {args.merge}\n"
+        f"{len(theorems):,} theorems, {args.passes:,} passes each of {args.max_steps} steps at most, by {args.merge}\n"
         f"  models  {', '.join(models)}{f'; {args.baseline} {len(models)} x the passes' * bool(args.baseline)}\n"
         f"  time    {args.time_limit:,.0f} s a theorem and {args.passes:,} passes, {args.tactic_timeout:g} s a tactic\n"
         f"  Lean    {args.dojo}, sampling by {args.engine}, blocks of {args.block}, seed {args.seed}\n"
@@ -244,6 +246,8 @@ def choose_models(args) -> list[str]:
     for checkpoint in [*models, *([args.baseline] if args.baseline else [])]:
         if not common.check_model(checkpoint):
             common.refuse(f"{checkpoint} holds no weights: give a checkpoint that train_lean_step.py wrote")
+        if common.read_record(checkpoint).get("template", "lean") != "lean":
+            common.refuse(f"{checkpoint} was not trained on proof states, but on another template")
     if len({os.path.normpath(model) for model in models}) < len(models):
         common.refuse("a model is given twice: an ensemble wants different ones")
     return models
@@ -294,17 +298,23 @@ class Place:
 def prove_theorem(theorem: dict, passes: int, args, lean, sample) -> dict:
     """All passes of one theorem by one model. -> its line of JSON.
 
-    lean: start(theorem) -> (kind, text, seconds); run(theorem, [(path, tactic)]) -> [(kind, text, seconds)];
-    replay(theorem, paths) -> [states or None]; events, a Counter of what went wrong.
+    lean.do(method, theorem, items) -> [(kind, text, seconds)]: "first_state" of [()], "apply" of [(path, tactic)], or
+    "replay" of [(path,)], which gives the states in place of a text. lean.events: a Counter of what went wrong.
     sample(theorem, block, {place: n}) -> for each place, (n tactics, seconds); None for a tactic that did not end.
     """
     limit, spent, counts = args.time_limit * passes / args.passes, Counter(), Counter()
     root = Place(None, None, 0, 0)
     places, known, blocks = [root], {}, []  # known, under --merge text: text, or (text, tactic) -> the first such place
     proofs, proved, in_time = {}, {}, Counter()  # place -> {block: passes}; place -> states; place -> passes in time
-    kind, root.text, spent["lean"] = lean.start(theorem)
+    lean.events.clear()
+    ((kind, root.text, spent["lean"]),) = lean.do("first_state", theorem, [()])
     known[root.text] = root
-    status, walkers = None if kind == "open" else kind, {}
+    status = None if kind == "open" else "not started"
+
+    def replay(found):
+        """-> {place: the states along its path, or None where that path is no proof}."""
+        answers = lean.do("replay", theorem, [(place.path,) for place in found]) if found else []
+        return {p: states if kind == "proved" else None for p, (kind, states, _) in zip(found, answers, strict=True)}
 
     # The decision to go on is made before a block and never revoked: to drop a block for being slow would be to leave
     # out what takes long, such as long proofs.
@@ -336,7 +346,7 @@ def prove_theorem(theorem: dict, passes: int, args, lean, sample) -> dict:
                     child.shared |= child.block != number
                     moved[child] += n
             calls = [(place.parent.source.state_path, place.tactic) for place in new]
-            for place, (kind, text, seconds) in zip(new, lean.run(theorem, calls), strict=True):
+            for place, (kind, text, seconds) in zip(new, lean.do("apply", theorem, calls), strict=True):
                 place.kind, place.text, place.seconds = kind, text, seconds
                 spent["lean"] += seconds
                 if kind == "open" and args.merge == "text":
@@ -355,9 +365,8 @@ def prove_theorem(theorem: dict, passes: int, args, lean, sample) -> dict:
                 if place.kind == "proved":
                     proofs.setdefault(place, Counter())[number] += n
                     in_time[place] += n * (spent.total() < limit)
-            if args.stop_at_first and proofs.keys() - proved.keys():
-                fresh = list(proofs.keys() - proved.keys())
-                proved |= zip(fresh, lean.replay(theorem, [place.path for place in fresh]), strict=True)
+            if args.stop_at_first and len(proofs) > len(proved):
+                proved |= replay([place for place in proofs if place not in proved])
                 status = "stopped at a proof" if any(proved.values()) else None
             elif walkers and spent.total() >= 2 * limit:  # a block is to end, but not at any cost
                 status = "block left unfinished"
@@ -366,8 +375,7 @@ def prove_theorem(theorem: dict, passes: int, args, lean, sample) -> dict:
         else:
             blocks[-1]["clock"] = spent.total()
 
-    fresh = list(proofs.keys() - proved.keys())
-    proved |= zip(fresh, lean.replay(theorem, [place.path for place in fresh]) if fresh else [], strict=True)
+    proved |= replay([place for place in proofs if place not in proved])
     proofs = {place: found for place, found in proofs.items() if proved[place]}
     for i, block in enumerate(blocks):
         block["successes"] = sum(found[i] for found in proofs.values())
@@ -477,47 +485,34 @@ class LeanWorker:
             self.live[(*path, tactic)] = result
         return kind, result.pp if kind == "open" else str(getattr(result, "error", ""))
 
-    def attempt(self, theorem: dict, what, *inputs) -> tuple:
-        """-> (kind, text, seconds). Any exception of the environment is told, and ends it."""
-        began = time.perf_counter()
-        if theorem != self.theorem:
+    def first_state(self) -> tuple[str, str]:
+        self.enter()
+        return "open", self.live[()].pp
+
+    def replay(self, path: tuple) -> tuple[str, list[str]]:
+        """-> ("proved", the states along the path) of a path that, from the start, is a proof."""
+        self.live = {(): self.live[()]} if self.manager else {}
+        kinds = [self.apply(path[:i], path[i])[0] for i in range(len(path))]
+        return kinds[-1], [self.live[path[:i]].pp for i in range(len(path))]
+
+    def do(self, method: str, theorem: dict, items: list[tuple]) -> list[tuple]:
+        """-> (kind, text or states, seconds) of what the method makes of the first items, at least of one: up to what
+        goes wrong or takes long. Replays begin in an environment in which nothing has happened before."""
+        if theorem != self.theorem or method == "replay":
             self.leave()
-            self.theorem = theorem
-        try:
-            kind, text = what(*inputs)
-        except Exception as error:
-            self.leave()
-            kind = "timeout" if "timeout" in f"{type(error).__name__} {error}".lower() else "crash"
-            text = f"{type(error).__name__}: {error}"[:300]
-        return kind, text, time.perf_counter() - began
-
-    def start(self, theorem: dict) -> list[tuple]:
-        def first_state():
-            self.enter()
-            return "open", self.live[()].pp
-
-        return [self.attempt(theorem, first_state)]
-
-    def run(self, theorem: dict, calls: list) -> list[tuple]:
-        """calls: (path, tactic). -> (kind, text, seconds) of the first ones: up to what goes wrong or takes long."""
-        outcomes, end = [], time.monotonic() + 2 * self.tactic_timeout
-        while len(outcomes) < len(calls) and time.monotonic() < end and (not outcomes or outcomes[-1][0] not in BROKEN):
-            outcomes.append(self.attempt(theorem, self.apply, *calls[len(outcomes)]))
+        self.theorem, outcomes, end = theorem, [], time.monotonic() + 2 * self.tactic_timeout
+        for item in items:
+            began = time.perf_counter()
+            try:
+                kind, text = getattr(self, method)(*item)
+            except Exception as error:  # whatever it is: it is told and counted, and this environment is over
+                self.leave()
+                text = f"{type(error).__name__}: {error}"[:300]
+                kind = "timeout" if "timeout" in text.lower() else "crash"
+            outcomes.append((kind, text, time.perf_counter() - began))
+            if kind in BROKEN or time.monotonic() > end:
+                break
         return outcomes
-
-    def replay(self, theorem: dict, paths: list) -> list[tuple]:
-        """-> ("proved", the states along it, seconds) of each path that is a proof: applied from the start, one after
-        the other, in an environment in which nothing has happened before."""
-
-        def prove(path):
-            self.live = {(): self.live[()]} if self.manager else {}
-            kinds = [self.apply(path[:i], path[i])[0] for i in range(len(path))]
-            return kinds[-1], [self.live[path[:i]].pp for i in range(len(path))]
-
-        self.leave()
-        found = [self.attempt(theorem, prove, path) for path in paths]
-        self.leave()
-        return found
 
 
 def kill_marked(mark: str):
@@ -548,13 +543,13 @@ class Lean:
         self.actor, self.settings, self.patience, self.events = actor, settings, patience, Counter()
         self.worker = actor.remote(*settings)
 
-    def ask(self, method: str, theorem: dict, *inputs) -> list[tuple]:
-        """The worker's answer; if there is none, that of one failed attempt."""
+    def ask(self, *inputs) -> list[tuple]:
+        """What `LeanWorker.do` answers; if it does not, that of one failed attempt."""
         import ray
 
         began = time.perf_counter()
         try:
-            return ray.get(getattr(self.worker, method).remote(theorem, *inputs), timeout=self.patience)
+            return ray.get(self.worker.do.remote(*inputs), timeout=self.patience)
         except ray.exceptions.GetTimeoutError:
             kind, why = "timeout", f"no answer of the environment in {self.patience:g} s"
         except ray.exceptions.RayError as error:
@@ -563,46 +558,18 @@ class Lean:
         self.worker = self.actor.remote(*self.settings)
         return [(kind, why, time.perf_counter() - began)]
 
-    def start(self, theorem: dict) -> tuple:
-        """-> ("open", first state, seconds) or ("not started", why, seconds)."""
-        self.events.clear()
-        for _ in range(2):
-            ((kind, text, seconds),) = self.ask("start", theorem)
-            if kind == "open":
-                return kind, text, seconds
-            self.events[kind] += 1
-        return "not started", text, seconds
-
-    def run(self, theorem: dict, calls: list) -> list[tuple]:
-        """-> (kind, text, seconds) of each call (path, tactic). One that goes wrong is tried once more, alone."""
+    def do(self, method: str, theorem: dict, items: list[tuple]) -> list[tuple]:
+        """-> (kind, text or states, seconds) of each item. One that goes wrong is tried once more, alone."""
         outcomes, alone, lost = [], False, 0.0
-        while len(outcomes) < len(calls):
-            asked = calls[len(outcomes) :][: 1 if alone else None]
-            answer = self.ask("run", theorem, asked)
+        while len(outcomes) < len(items):
+            answer = self.ask(method, theorem, items[len(outcomes) :][: 1 if alone else None])
             kind, text, seconds = answer[-1]
-            if kind in BROKEN:
-                self.events[kind] += 1
-                if len(answer) == 1 and alone:  # for the second time
-                    answer, alone, lost = [(kind, text, seconds + lost)], False, 0.0
-                else:
-                    answer, alone, lost = answer[:-1], True, seconds
-            elif alone:
-                answer, alone, lost = [(kind, text, seconds + lost)], False, 0.0
-            outcomes += answer
+            self.events[kind] += kind in BROKEN
+            if kind in BROKEN and not alone:
+                outcomes, alone, lost = outcomes + answer[:-1], True, seconds
+            else:
+                outcomes, alone, lost = outcomes + answer[:-1] + [(kind, text, seconds + lost)], False, 0.0
         return outcomes
-
-    def replay(self, theorem: dict, paths: list) -> list[list[str] | None]:
-        """The states along each path, None where it is no proof."""
-        found = {}
-        for _ in range(2):
-            left = [path for path in paths if path not in found]
-            answer = self.ask("replay", theorem, left) if left else []
-            self.events.update(kind for kind, _, _ in answer if kind in BROKEN)
-            if len(answer) == len(left):
-                found |= {
-                    path: states for path, (kind, states, _) in zip(left, answer, strict=True) if kind == "proved"
-                }
-        return [found.get(path) for path in paths]
 
 
 def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
@@ -622,11 +589,15 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
     cores, nodes = int(ray.cluster_resources()["CPU"]), sum(node["Alive"] for node in ray.nodes())
     count = min(args.workers or cores, len(theorems))
     settings = (args.dojo, args.tactic_timeout, args.start_timeout, math.ceil(count / nodes))
+    theorems = [{name: theorem[name] for name in theorem if name != "traced_tactics"} for theorem in theorems]
     actor = ray.remote(LeanWorker).options(num_cpus=min(1, cores / count), scheduling_strategy="SPREAD")
     patience = 30 + 2 * args.start_timeout + 8 * args.tactic_timeout  # after it, the environment is taken for hung
     crew = [Lean(actor, settings, patience) for _ in range(count)]
     repositories = sorted({(theorem["url"], theorem["commit"]) for theorem in theorems})
-    answers = ray.get([lean.worker.not_cached.remote(repositories) for lean in crew])
+    try:
+        answers = ray.get([lean.worker.not_cached.remote(repositories) for lean in crew])
+    except ray.exceptions.RayError as error:
+        common.refuse(f"--dojo {args.dojo}: a worker cannot import it: {str(error).strip().splitlines()[-1]}"[:300])
     lost = sorted({line for answer in answers for line in answer})
     if lost:
         how = "trace it there (python -c 'from lean_dojo import *; trace(LeanGitRepo(URL, COMMIT))') or copy the folder"
@@ -637,12 +608,11 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
     else:
         dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
         model, _ = common.load_model(checkpoint, tokenizer, dtype)
-        sampler = common.LiveModel(accelerator, model.eval().to(accelerator.device), tokenizer, args.batch_size)
-    most = 1 << 16 if args.engine == "vllm" else args.batch_size  # samples in a call
+        sampler = common.LiveModel(accelerator, model.eval().to(accelerator.device), tokenizer)
 
     # A thread a worker goes through theorems; what they want sampled comes together in `inbox`, and goes to the engines
     # in one call for all theorems in flight.
-    inbox, waiting, lock = SimpleQueue(), iter(theorems), threading.Lock()
+    inbox, waiting, lock = SimpleQueue(), deque(theorems), threading.Lock()
     progress = tqdm(total=len(theorems), unit="theorem", desc=label_of(checkpoint, times), mininterval=1)
 
     def sample(theorem, block, walkers):
@@ -652,7 +622,11 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
 
     def work(lean):
         try:
-            for theorem in waiting:  # all threads take from the one iterator
+            while True:
+                with lock:
+                    theorem = waiting.popleft() if waiting else None
+                if theorem is None:
+                    break
                 result = prove_theorem(theorem, args.passes * times, args, lean, sample)
                 with lock:
                     common.append_json(path, result)
@@ -661,7 +635,7 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
         except BaseException as error:
             inbox.put(error)
 
-    def sample_together(batch):
+    def answer_together(batch):
         """Answer the requests of several theorems. A state that leaves no room for a tactic gets none."""
         began, asked = time.perf_counter(), []  # (prompt, n, seed) of each place
         for theorem, block, wanted, _ in batch:
@@ -696,13 +670,13 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
                 if ended == count:
                     break
             batch, size = [], 0
-            while requests and size < most:
+            while requests and size < 1 << 16:
                 batch.append(requests.popleft())
                 size += sum(n for _, n in batch[-1][2])
             if batch:
-                sample_together(batch)
-        for lean in crew:
-            ray.get(lean.worker.leave.remote(), timeout=60)
+                answer_together(batch)
+        with contextlib.suppress(ray.exceptions.RayError):  # what does not leave is killed below
+            ray.get([lean.worker.leave.remote() for lean in crew], timeout=60)
     finally:
         progress.close()
         sampler.shut_down()

@@ -25,14 +25,10 @@ from pathlib import Path
 # The settings of the embedded experiment, which take the place of the paper's when the model is one of examples/.
 # Its models start from random weights and are small: they want a larger rate, more epochs and a smaller batch.
 EXAMPLE_SETTINGS = {
-    "epochs": 24,
-    "batch_size": 32,
-    "micro_batch_size": 32,
-    "lr": 3e-3,
-    "warmup_steps": 50,
-    "betas": (0.9, 0.98),
-    "weight_decay": 0.01,
-    "nll": "mean",
+    "epochs": 28,
+    "batch_size": 16,
+    "micro_batch_size": 16,
+    "lr": 1e-3,
 }
 
 

@@ -46,10 +46,13 @@ class KnownTree:
             state = self.tree[state][tactic][1]
         return state
 
-    def start(self, theorem):
-        return "open", self.first, 0.0
+    def do(self, method, theorem, items):
+        return getattr(self, method)(items)
 
-    def run(self, theorem, calls):
+    def first_state(self, items):
+        return [("open", self.first, 0.0)]
+
+    def apply(self, calls):
         self.calls += calls
         found = [self.state((*path, tactic)) for path, tactic in calls]
         kinds = [{"DONE": "proved", "ERROR": "error"}.get(state, "open") for state in found]
@@ -58,10 +61,12 @@ class KnownTree:
             for kind, state, (_, tactic) in zip(kinds, found, calls, strict=True)
         ]
 
-    def replay(self, theorem, paths):
+    def replay(self, items):
+        paths = [path for (path,) in items]
         self.replayed += paths
         return [
-            None if path[-1] in self.false else [self.state(path[:i]) for i in range(len(path))] for path in paths
+            ("error" if path[-1] in self.false else "proved", [self.state(path[:i]) for i in range(len(path))], 1.0)
+            for path in paths
         ]
 
 
@@ -259,9 +264,9 @@ def test_a_block_is_left_at_twice_the_limit_and_does_not_count():
 
 def test_a_theorem_that_does_not_start_has_no_passes_and_stays():
     class Closed(KnownTree):
-        def start(self, theorem):
+        def first_state(self, items):
             self.events["timeout"] += 2
-            return "not started", "DojoInitError: why", 3.0
+            return [("timeout", "DojoInitError: why", 3.0)]
 
     result = search(Closed(), None, 8)
     assert (result["status"], result["message"], result["timeouts"]) == ("not started", "DojoInitError: why", 2)
@@ -452,18 +457,32 @@ def kinds(outcomes):
     return [kind for kind, *_ in outcomes]
 
 
+def start(one, theorem):
+    """Of a worker, or of what stands before one."""
+    ((kind, text, _),) = one.do("first_state", theorem, [()])
+    return kind, text
+
+
+def apply(one, theorem, calls):
+    return one.do("apply", theorem, calls)
+
+
+def replay(one, theorem, paths):
+    return one.do("replay", theorem, [(path,) for path in paths])
+
+
 def test_branches_and_errors_of_a_theorem(worker, records, lean):
-    assert worker.start(records["two_steps"])[0][:2] == ("open", "p q : Prop\nh : p ∧ q\n⊢ q ∧ p")
+    assert start(worker, records["two_steps"]) == ("open", "p q : Prop\nh : p ∧ q\n⊢ q ∧ p")
     split, parts = ("constructor",), ("obtain ⟨hp, hq⟩ := h",)
     calls = [((), split[0]), ((), parts[0]), ((), "simp"), (split, "exact h.2"), (parts, "exact ⟨hq, hp⟩")]
     calls += [((*split, "exact h.2"), "exact h.1"), (split, "exact h.1")]
-    outcomes = worker.run(records["two_steps"], calls)
+    outcomes = apply(worker, records["two_steps"], calls)
     assert kinds(outcomes) == ["open", "open", "error", "open", "proved", "proved", "error"]
     assert outcomes[1][1] == "p q : Prop\nhp : p\nhq : q\n⊢ q ∧ p"
     assert "unknown tactic" in outcomes[2][1] and all(0 <= seconds < 10 for *_, seconds in outcomes)
     assert len(running(lean, "two_steps")) == 1
     proofs = [(*split, "exact h.2", "exact h.1"), (*parts, "exact ⟨hq, hp⟩")]
-    found = worker.replay(records["two_steps"], [*proofs, split, (*split, "simp"), ("simp", "exact h.1")])
+    found = replay(worker, records["two_steps"], [*proofs, split, (*split, "simp"), ("simp", "exact h.1")])
     assert kinds(found) == ["proved", "proved", "open", "error", "crash"]
     assert found[1][1] == [outcomes[1][1].replace("hp : p\nhq : q", "h : p ∧ q"), outcomes[1][1]]
     assert running(lean, "two_steps", wait=2) == []
@@ -472,7 +491,7 @@ def test_branches_and_errors_of_a_theorem(worker, records, lean):
 def test_a_worker_goes_from_theorem_to_theorem_and_leaves_nothing(worker, records, lean):
     for name, tactic in (("one_step", "rfl"), ("unprovable", "exfalso"), ("one_step", "norm_num")):
         kind = "open" if name == "unprovable" else "proved"
-        assert kinds(worker.run(records[name], [((), tactic)])) == [kind]
+        assert kinds(apply(worker, records[name], [((), tactic)])) == [kind]
         assert [len(running(lean, one, wait=2 * (one != name))) for one in ("one_step", "unprovable")] == [
             one == name for one in ("one_step", "unprovable")
         ]
@@ -484,8 +503,8 @@ def test_a_worker_goes_from_theorem_to_theorem_and_leaves_nothing(worker, record
 def test_a_sorry_proves_nothing(worker, records, name, path):
     """Were it tried: prove.py refuses to."""
     path = path if name == "one_step" else [*path, "exact h"]
-    assert worker.run(records[name], [(tuple(path[:-1]), path[-1])])[0][0] == "given up"
-    assert kinds(worker.replay(records[name], [tuple(path)])) == ["given up"]
+    assert apply(worker, records[name], [(tuple(path[:-1]), path[-1])])[0][0] == "given up"
+    assert kinds(replay(worker, records[name], [tuple(path)])) == ["given up"]
 
 
 BROKEN = [
@@ -503,33 +522,33 @@ def test_what_breaks_an_environment_ends_it_and_the_next_one_goes_on(worker, rec
     """Also from a state that only the lost one had: its path is taken once more."""
     path = ("skip", "trace")
     calls = [((), "skip"), (("skip",), "trace"), (path, tactic), (path, "rfl")]
-    outcomes = worker.run(records[name], calls)
+    outcomes = apply(worker, records[name], calls)
     assert kinds(outcomes) == ["open", "open", kind] and told in outcomes[2][1]  # and the last one waits
     assert running(lean, name, wait=2) == [] and worker.manager is None
-    assert kinds(worker.run(records[name], calls[3:])) == ["proved"]
+    assert kinds(apply(worker, records[name], calls[3:])) == ["proved"]
     assert len(running(lean, name)) == 1
 
 
 def test_memory_that_runs_out_between_two_tactics(worker, records):
-    assert kinds(worker.run(records["memory"], [((), "skip")])) == ["open"]
+    assert kinds(apply(worker, records["memory"], [((), "skip")])) == ["open"]
     while worker.dojo.proc.isalive():
         time.sleep(0.02)
-    (outcome,) = worker.run(records["memory"], [((), "rfl"), ((), "simp")])
+    (outcome,) = apply(worker, records["memory"], [((), "rfl"), ((), "simp")])
     assert outcome[0] == "crash" and "OOM" in outcome[1]
-    assert kinds(worker.run(records["memory"], [((), "rfl")])) == ["proved"]
+    assert kinds(apply(worker, records["memory"], [((), "rfl")])) == ["proved"]
 
 
 def test_a_request_ends_after_a_while_and_the_rest_is_asked_again(worker, local_lean, records):
     calls = [((), f"sleep 0.8{i}") for i in range(4)]
-    assert 1 <= len(worker.run(records["one_step"], calls)) <= 3  # two time limits of 1 s
-    assert kinds(local_lean.run(records["one_step"], calls)) == ["open"] * 4 and not local_lean.events
+    assert 1 <= len(apply(worker, records["one_step"], calls)) <= 3  # two time limits of 1 s
+    assert kinds(apply(local_lean, records["one_step"], calls)) == ["open"] * 4 and not local_lean.events
 
 
 def test_what_breaks_is_tried_once_more_alone_and_then_known(local_lean, records, monkeypatch):
-    asked, real = [], local_lean.worker.worker.run
-    monkeypatch.setattr(local_lean.worker.worker, "run", lambda theorem, calls: asked.append(calls) or real(theorem, calls))
+    asked, real = [], local_lean.worker.worker.do
+    monkeypatch.setattr(local_lean.worker.worker, "do", lambda *inputs: asked.append(inputs[2]) or real(*inputs))
     calls = [((), "rfl"), ((), "simp"), ((), "die"), (("skip",), "rfl"), ((), "skip")]
-    outcomes = local_lean.run(records["hanging"], calls)
+    outcomes = apply(local_lean, records["hanging"], calls)
     assert kinds(outcomes) == ["proved", "timeout", "crash", "proved", "open"]
     assert asked == [calls, calls[1:2], calls[2:], calls[2:3], calls[3:]]
     assert local_lean.events == {"timeout": 2, "crash": 2}
@@ -539,12 +558,15 @@ def test_what_breaks_is_tried_once_more_alone_and_then_known(local_lean, records
 def test_flaky_theorems_are_proved(local_lean, records, monkeypatch, tmp_path):
     monkeypatch.setenv(TRIES, str(tmp_path))
     for name, event in (("flaky_death", "crash"), ("flaky_hang", "timeout")):
-        assert local_lean.start(records[name])[0] == "open"
-        assert kinds(local_lean.run(records[name], [((), "skip"), ((), "rfl")])) == ["open", "proved"]
+        local_lean.events.clear()
+        assert start(local_lean, records[name])[0] == "open"
+        assert kinds(apply(local_lean, records[name], [((), "skip"), ((), "rfl")])) == ["open", "proved"]
         assert local_lean.events == {event: 1}
-    assert local_lean.start(records["start_flaky"])[:2] == ("open", "⊢ True") and local_lean.events == {"crash": 1}
+    local_lean.events.clear()
+    assert start(local_lean, records["start_flaky"]) == ("open", "⊢ True") and local_lean.events == {"crash": 1}
     (tmp_path / "flaky_death").unlink()
-    assert local_lean.replay(records["flaky_death"], [("skip", "rfl"), ("simp",)]) == [["⊢ 1 = 1"] * 2, None]
+    found = replay(local_lean, records["flaky_death"], [("skip", "rfl"), ("simp",)])
+    assert kinds(found) == ["proved", "error"] and found[0][1] == ["⊢ 1 = 1"] * 2
 
 
 @pytest.mark.parametrize(
@@ -555,8 +577,8 @@ def test_flaky_theorems_are_proved(local_lean, records, monkeypatch, tmp_path):
 def test_theorems_that_do_not_start(local_lean, worker, records, lean, name, event):
     worker.start_timeout = 1.0 if name == "start_hang" else 10.0
     theorem = records.get(name) or records["one_step"] | {"full_name": name}
-    kind, why, seconds = local_lean.start(theorem)
-    assert kind == "not started" and "Error" in why and seconds < 10
+    kind, why = start(local_lean, theorem)
+    assert kind == event and "Error" in why
     assert local_lean.events == {event: 2} and running(lean, name, wait=2) == []
 
 
@@ -587,19 +609,19 @@ def toy(name):
 
 def test_a_worker_that_dies_or_hangs_is_replaced(ray_here, actor, tmp_path):
     lean, theorem = prove.Lean(actor, ("tests.toy_dojo:Dojo", 1.0, 1.0, 1), patience=30.0), toy("toy_3")
-    assert lean.start(theorem)[:2] == ("open", "3 to go")
+    assert start(lean, theorem) == ("open", "3 to go")
     calls = [((), "step"), ((), f"die_once {tmp_path}/died"), (("step",), "step"), ((), "die")]
     calls += [(("step", "step"), "step"), ((), "raise"), ((), "nothing")]
-    outcomes = lean.run(theorem, calls)
+    outcomes = apply(lean, theorem, calls)
     assert kinds(outcomes) == ["open", "open", "open", "crash", "proved", "crash", "error"]
     assert "worker died" in outcomes[3][1] and "no such luck" in outcomes[5][1] and lean.events["crash"] >= 5
     lean.patience = 2.0
-    (hung,) = lean.run(theorem, [((), "hang")])
+    (hung,) = apply(lean, theorem, [((), "hang")])
     assert hung[:2] == ("timeout", "no answer of the environment in 2 s") and 4 <= hung[2] < 8
     lean.patience = 30.0
-    assert lean.replay(theorem, [("step",) * 3]) == [["3 to go", "2 to go", "1 to go"]]
-    kind, why, _ = lean.start(toy("unwilling"))
-    assert (kind, why) == ("not started", "OSError: this theorem is not for me")
+    ((kind, states, _),) = replay(lean, theorem, [("step",) * 3])
+    assert (kind, states) == ("proved", ["3 to go", "2 to go", "1 to go"])
+    assert start(lean, toy("unwilling")) == ("crash", "OSError: this theorem is not for me")
     ray_here.kill(lean.worker)
 
 
@@ -607,9 +629,9 @@ def test_a_killed_worker_leaves_no_lean_behind(ray_here, lean, records):
     """Lean hangs and does not hear of SIGHUP or SIGTERM."""
     where = {"env_vars": {**lean, "PYTHONPATH": str(ROOT)}}
     worker = ray_here.remote(prove.LeanWorker).options(num_cpus=0, runtime_env=where).remote("lean_dojo:Dojo", 60.0, 30.0, 1)
-    assert kinds(ray_here.get(worker.start.remote(records["hanging_only"]), timeout=60)) == ["open"]
+    assert kinds(ray_here.get(worker.do.remote("first_state", records["hanging_only"], [()]), timeout=60)) == ["open"]
     pid = ray_here.get(worker.__ray_call__.remote(lambda self: os.getpid()))
-    answer = worker.run.remote(records["hanging_only"], [((), "simp")])
+    answer = worker.do.remote("apply", records["hanging_only"], [((), "simp")])
     time.sleep(0.5)
     (left,) = running(lean, "hanging_only")
     os.kill(left, signal.SIGTERM)

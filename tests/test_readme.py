@@ -11,7 +11,14 @@ from conftest import ROOT
 import common
 
 README = (ROOT / "README.md").read_text()
-SCRIPTS = ("train_direct.py", "train_cot_dcoa.py", "train_grpo.py", "eval_passn.py")
+SCRIPTS = (
+    "train_direct.py",
+    "train_cot_dcoa.py",
+    "train_grpo.py",
+    "train_lean_step.py",
+    "eval_passn.py",
+    "prove.py",
+)
 
 
 def blocks(language):
@@ -74,7 +81,7 @@ def test_trainer_block_runs_as_it_stands(copied, tiny_model, tokenizer, tmp_path
 
 def commands():
     text = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return re.findall(r"(?:python|accelerate launch[^\n]*?) ((?:train|eval)_\w+\.py[^\n&]*)", text)
+    return re.findall(r"(?:python|accelerate launch[^\n]*?) ((?:train_\w+|eval_passn|prove)\.py[^\n&;]*)", text)
 
 
 def test_every_command_is_one_that_its_script_takes():
@@ -88,7 +95,7 @@ def test_every_command_is_one_that_its_script_takes():
 def test_flags_and_files_that_are_named_exist():
     sources = {name: (ROOT / name).read_text() for name in SCRIPTS}
     rows = README.split("## Flags and where they come from")[1]
-    for flag in re.findall(r"`(?:eval_passn.py )?(--[\w-]+)`", rows):
+    for flag in re.findall(r"`(?:eval_passn.py |prove.py )?(--[\w-]+)`", rows):
         assert any(f'"{flag}"' in source for source in sources.values()), flag
     for name in re.findall(r"^\| `([\w./]+)`", README, re.MULTILINE):
         if "--" not in name:

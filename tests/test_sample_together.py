@@ -63,7 +63,7 @@ def z_of_chi_squared(counts, expected):
 def test_whole_completions_have_their_probabilities(short_model, tokenizer, prompts):
     """Prompts of different lengths and numbers in one call, against p̂ of every completion there is."""
     counts = [200_000, 50_000, 100_000]
-    drawn = common.sample_together(short_model, tokenizer, prompts, counts, 2, seed=3)
+    drawn = common.sample_together(short_model, tokenizer, prompts, counts, 2, [3, 4, 5])
     for prompt, n, found in zip(prompts, counts, drawn, strict=True):
         assert found.total() == n
         assert abs(z_of_chi_squared(found, exact(short_model, tokenizer, prompt, 2))) < 5
@@ -84,7 +84,7 @@ def test_as_samples_that_share_nothing(short_model, tokenizer, prompts):
 
 def test_completions_end_with_eos_or_at_the_limit(short_model, tokenizer, prompts):
     eos, counts = tokenizer.eos_token_id, [300, 1, 77]
-    drawn = common.sample_together(short_model, tokenizer, prompts, counts, 6, seed=0)
+    drawn = common.sample_together(short_model, tokenizer, prompts, counts, 6, [0, 1, 2])
     assert [found.total() for found in drawn] == counts
     completions = [ids for found in drawn for ids in found]
     assert all(eos not in ids[:-1] and (ids[-1] == eos or len(ids) == 6) for ids in completions)
@@ -94,7 +94,7 @@ def test_completions_end_with_eos_or_at_the_limit(short_model, tokenizer, prompt
 
 def test_a_long_completion_goes_on_as_the_model_would(short_model, tokenizer, prompts):
     """The cache of rows that were dropped and doubled: p̂ of the last token, given all before, by teacher forcing."""
-    drawn = common.sample_together(short_model, tokenizer, prompts, [400] * 3, 12, seed=1)
+    drawn = common.sample_together(short_model, tokenizer, prompts, [400] * 3, 12, [1, 2, 3])
     seen, forward = [], short_model.forward
 
     def watched(**inputs):
@@ -103,7 +103,7 @@ def test_a_long_completion_goes_on_as_the_model_would(short_model, tokenizer, pr
         return output
 
     short_model.forward = watched
-    assert common.sample_together(short_model, tokenizer, prompts, [400] * 3, 12, seed=1) == drawn
+    assert common.sample_together(short_model, tokenizer, prompts, [400] * 3, 12, [1, 2, 3]) == drawn
     short_model.forward = forward
     long = [(prompt, ids) for prompt, found in zip(prompts, drawn, strict=True) for ids in found if len(ids) == 12]
     assert len(long) > 5 and len(seen) == 12
@@ -117,7 +117,10 @@ def test_a_long_completion_goes_on_as_the_model_would(short_model, tokenizer, pr
 def test_a_seed_decides(short_model, tokenizer, prompts):
     live = common.LiveModel(common.make_accelerator(), short_model, tokenizer)
     first, again, other = (live.generate(prompts, [30, 40, 50], 5, [seed, 1, 2]) for seed in (7, 7, 8))
-    assert first == again != other and [len(found) for found in first] == [30, 40, 50]
+    assert first == again and [len(found) for found in first] == [30, 40, 50]
+    assert first[0] != other[0] and first[1:] == other[1:]
+    (alone,) = live.generate(prompts[1:2], [40], 5, [1])  # whatever is sampled beside it
+    assert sorted(one.token_ids for one in alone) == sorted(one.token_ids for one in first[1])
 
 
 def test_pieces_where_memory_is_small(short_model, tokenizer, prompts, monkeypatch):
@@ -125,7 +128,7 @@ def test_pieces_where_memory_is_small(short_model, tokenizer, prompts, monkeypat
     calls, sample_together = [], common.sample_together
 
     def counted(model, tokenizer, prompts, counts, *more):
-        calls.append((sum(counts), more[-1]))
+        calls.append((sum(counts), *more[-1]))
         return sample_together(model, tokenizer, prompts, counts, *more)
 
     monkeypatch.setattr(common, "sample_together", counted)
@@ -137,7 +140,7 @@ def test_pieces_where_memory_is_small(short_model, tokenizer, prompts, monkeypat
     counts = [25_000, 10, 130]
     found = live.generate(prompts, counts, 2, [11, 22, 33])
     assert [len(drawn) for drawn in found] == counts
-    sizes, seeds = zip(*calls, strict=True)
+    sizes, seeds = [size for size, *_ in calls], [seed for _, *seeds in calls for seed in seeds]
     assert sum(sizes) == sum(counts) and 95 < max(sizes) <= 105 and len(sizes) < 1.1 * sum(counts) / 100
     assert len(set(seeds)) == len(seeds)
     drawn = Counter(tuple(one.token_ids) for one in found[0])
@@ -154,7 +157,7 @@ def test_one_price_for_what_is_the_same(short_model, tokenizer, prompts):
         return forward(**inputs)
 
     short_model.forward = counting
-    (found,) = common.sample_together(short_model, tokenizer, prompts[:1], [5000], 3, seed=2)
+    (found,) = common.sample_together(short_model, tokenizer, prompts[:1], [5000], 3, [2])
     eos = tokenizer.eos_token_id
     beginnings = [{ids[:k] for ids in found if len(ids) > k and eos not in ids[:k]} for k in range(3)]
     assert rows == [len(level) for level in beginnings] and rows[0] == 1 and sum(rows) < 5000

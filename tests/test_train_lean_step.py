@@ -64,7 +64,8 @@ def test_as_train_direct_on_the_same_rows(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setitem(common.TEMPLATES, "lean", common.TEMPLATES["direct"])
     flags = [*TINY, "--data", str(tmp_path / "train.jsonl"), "--epochs", "4", "--max-steps", "45", "--lr", "0.005"]
-    flags += ["--warmup-steps", "10", "--batch-size", "24", "--micro-batch-size", "8"]
+    flags += ["--warmup-steps", "10", "--batch-size", "24", "--micro-batch-size", "8", "--nll", "mean"]
+    flags += ["--betas", "0.9", "0.98", "--weight-decay", "0.01"]
     train_direct.main([*flags, "--n-prime", "16", "--out", str(tmp_path / "direct")])
     train_lean_step.main([*flags, "--n-eff", "16", "--out", str(tmp_path / "lean")])
     one, two = (read(tmp_path / name / "metrics.jsonl") for name in ("direct", "lean"))
@@ -76,12 +77,13 @@ def test_as_train_direct_on_the_same_rows(tmp_path, monkeypatch):
 
 
 def test_shared_blocks_are_train_directs_word_for_word():
-    lines, shared = [
-        [line.strip() for line in (ROOT / name).read_text().splitlines() if line.strip()]
+    """What main() does, less what is about whole proofs, other data and other words."""
+    direct, lean = (
+        [line.strip() for line in (ROOT / name).read_text().partition("def main(")[2].splitlines() if line.strip()]
         for name in ("train_direct.py", "train_lean_step.py")
-    ]
-    found = sum(line in set(shared) for line in lines)
-    assert found / len(lines) >= 0.85, f"{found} of {len(lines)}"
+    )
+    found = sum(line in set(lean) for line in direct)
+    assert found / len(direct) >= 0.84, f"{found} of {len(direct)}"
 
 
 def test_cross_entropy_never_scores(data, tmp_path, monkeypatch):
@@ -118,7 +120,7 @@ def order_of(size, epoch=1, seed=0):
 def factor_of(log_p, n):
     """Eq. 4 as it stands."""
     p = log_p.double().exp().item()
-    return n * (1 - p) ** (n - 1) * p / (1 - (1 - p) ** n)
+    return n * (1 - p) ** (n - 1) * p / (1 - (1 - p) ** n) if p > 1e-15 else 1.0
 
 
 @pytest.fixture(scope="module")
@@ -275,8 +277,8 @@ def refused(arguments, capsys, told, out):
         ("train.json", json.dumps([theorem("a", [("1+1=", "")])]), "theorem 1: field 'tactic' is missing or empty"),
         ("train.json", json.dumps([theorem("a", [])]), "no step is left; dropped: {}"),
         ("train.json", json.dumps([theorem("a", [("1" * 2100, "2")])]), "no step is left; dropped: {'too long': 1}"),
-        ("train.json", json.dumps([theorem("a", [("1 ⊢ 1", "2")])]), "no token for '⊢'"),
-        ("none", "", "train.json does not exist; LeanDojo Benchmark 4 is at https://"),
+        ("train.json", json.dumps([theorem("a", [("1 ½ 1", "2")])]), "no token for '½'"),
+        ("none", "", "train.json does not exist; LeanDojo Benchmark 4 is at https://zenodo.org/"),
     ],
 )
 def test_bad_data(name, text, told, capsys, tmp_path):
