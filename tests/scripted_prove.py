@@ -45,7 +45,7 @@ class Table(torch.nn.Module):
 class Sampler:
     """In place of common.LiveModel."""
 
-    def __init__(self, accelerator, model, tokenizer, sequences):
+    def __init__(self, accelerator, model, tokenizer, *_):
         self.chances, self.prompt = model.chances, common.TEMPLATES["lean"].prompt
 
     def generate(self, prompts, counts, max_new_tokens, seeds):

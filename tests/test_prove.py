@@ -541,7 +541,7 @@ def test_memory_that_runs_out_between_two_tactics(worker, records):
 def test_a_request_ends_after_a_while_and_the_rest_is_asked_again(worker, local_lean, records):
     calls = [((), f"sleep 0.8{i}") for i in range(4)]
     assert 1 <= len(apply(worker, records["one_step"], calls)) <= 3  # two time limits of 1 s
-    assert kinds(apply(local_lean, records["one_step"], calls)) == ["open"] * 4 and not local_lean.events
+    assert kinds(apply(local_lean, records["one_step"], calls)) == ["open"] * 4 and not +local_lean.events
 
 
 def test_what_breaks_is_tried_once_more_alone_and_then_known(local_lean, records, monkeypatch):
@@ -551,7 +551,7 @@ def test_what_breaks_is_tried_once_more_alone_and_then_known(local_lean, records
     outcomes = apply(local_lean, records["hanging"], calls)
     assert kinds(outcomes) == ["proved", "timeout", "crash", "proved", "open"]
     assert asked == [calls, calls[1:2], calls[2:], calls[2:3], calls[3:]]
-    assert local_lean.events == {"timeout": 2, "crash": 2}
+    assert +local_lean.events == {"timeout": 2, "crash": 2}
     assert 2 <= outcomes[1][2] < 10  # both tries, of 1 s each, are the theorem's time
 
 
@@ -561,9 +561,9 @@ def test_flaky_theorems_are_proved(local_lean, records, monkeypatch, tmp_path):
         local_lean.events.clear()
         assert start(local_lean, records[name])[0] == "open"
         assert kinds(apply(local_lean, records[name], [((), "skip"), ((), "rfl")])) == ["open", "proved"]
-        assert local_lean.events == {event: 1}
+        assert +local_lean.events == {event: 1}
     local_lean.events.clear()
-    assert start(local_lean, records["start_flaky"]) == ("open", "⊢ True") and local_lean.events == {"crash": 1}
+    assert start(local_lean, records["start_flaky"]) == ("open", "⊢ True") and +local_lean.events == {"crash": 1}
     (tmp_path / "flaky_death").unlink()
     found = replay(local_lean, records["flaky_death"], [("skip", "rfl"), ("simp",)])
     assert kinds(found) == ["proved", "error"] and found[0][1] == ["⊢ 1 = 1"] * 2
@@ -579,7 +579,7 @@ def test_theorems_that_do_not_start(local_lean, worker, records, lean, name, eve
     theorem = records.get(name) or records["one_step"] | {"full_name": name}
     kind, why = start(local_lean, theorem)
     assert kind == event and "Error" in why
-    assert local_lean.events == {event: 2} and running(lean, name, wait=2) == []
+    assert +local_lean.events == {event: 2} and running(lean, name, wait=2) == []
 
 
 # Through Ray

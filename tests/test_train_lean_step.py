@@ -1,6 +1,7 @@
 """train_lean_step.py: steps of proofs, and whole proofs, against sums written out by hand."""
 
 import json
+import math
 import re
 
 import pytest
@@ -108,7 +109,7 @@ def test_cross_entropy_never_scores(data, tmp_path, monkeypatch):
 
 # Whole proofs
 
-PROOF = ["--level", "proof", "--n-prime", "4096", "--batch-size", "12", "--lr", "0.003", "--nll", "sum"]
+PROOF = ["--level", "proof", "--n-prime", "200000", "--batch-size", "12", "--lr", "0.003", "--nll", "sum"]
 PROOF += ["--warmup-steps", "4", "--clip", "0.5", "--betas", "0.9", "0.95", "--weight-decay", "0"]
 
 
@@ -118,9 +119,9 @@ def order_of(size, epoch=1, seed=0):
 
 
 def factor_of(log_p, n):
-    """Eq. 4 as it stands."""
+    """Eq. 4, with 1 - (1-p)^N written so that a small p keeps its digits."""
     p = log_p.double().exp().item()
-    return n * (1 - p) ** (n - 1) * p / (1 - (1 - p) ** n) if p > 1e-15 else 1.0
+    return n * (1 - p) ** (n - 1) * p / -math.expm1(n * math.log1p(-p))
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +148,11 @@ def test_three_steps_on_whole_proofs_by_hand(data, tmp_path, tokenizer):
         while len(used) < 12:
             steps = stream.pop(0)
             looked_at += 1
-            log_p = sum(common.completion_log_probs(model, common.collate([one], 0))[0] for one in steps)
-            factor = factor_of(log_p.detach(), 4096)
+            log_p = sum(common.completion_log_probs(model, common.collate([one], 0))[0] for one in steps).double()
+            factor = factor_of(log_p.detach(), 200000)
             if factor >= 0.3:
                 used.append(steps[0].id)
-                losses.append(-torch.log(1 - (1 - log_p.detach().double().exp()) ** 4096).item())
+                losses.append(-torch.log(-torch.expm1(200000 * torch.log1p(-log_p.detach().double().exp()))).item())
                 objective = objective + factor * -log_p / 12
         rejected += looked_at - 12
         assert metrics["ids"] == used and metrics["candidates"] == looked_at and metrics["accepted"] == 12
