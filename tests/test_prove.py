@@ -1,21 +1,20 @@
 """The proof search: what it estimates, what it costs, what Lean may do to it, and prove.py from start to table."""
 
 import argparse
-import itertools
 import json
 import math
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, run_script
 from lean_repository import RECORDS, running
 from lean_stand_in import TRIES
@@ -786,7 +785,7 @@ def test_a_finished_run_is_only_reported_again_and_other_settings_are_refused(wh
         assert "| pass@1 | pass@8 |" in capsys.readouterr().out and (folder / "out/success.png").exists()
         assert (folder / "out/model-epoch-1.jsonl").read_bytes() == before
         other = [("--passes", 32, "passes: 64"), ("--seed", 1, "seed: 0"), ("--merge", "text", "merge: path")]
-        other += [("--block", 8, "block: 16"), ("--tactic-timeout", 9, "tactic_timeout: 2.0")]
+        other += [("--block", 8, "block: 16"), ("--tactic-timeout", 9, "tactic_timeout: 1.0")]
         other += [("--max-theorems", 3, "theorems: another"), ("--dojo", "tests.toy_dojo:Dojo", "dojo: lean_dojo:Dojo")]
         for flag, value, told in other:
             with pytest.raises(SystemExit) as stop:
@@ -907,3 +906,259 @@ def test_an_interrupted_run_leaves_no_process(disturbed, lean, tmp_path):
         assert process.returncode in signals[number]
         assert gone(below[number]) == []
     assert running(lean, wait=10) == [] and called("kill_when_left") <= before
+
+
+# On the embedded theorems, with a model that was trained a little
+
+
+@pytest.fixture(scope="module")
+def little_prover(tmp_path_factory):
+    """Two checkpoints of one short run, and theorems of a step or two from its training set."""
+    import train_lean_step
+
+    folder = tmp_path_factory.mktemp("little")
+    found = json.loads((ROOT / "examples/propositional/train.json").read_text())
+    short = [theorem for theorem in found if 1 <= len(theorem["traced_tactics"]) <= 2]
+    (folder / "train.json").write_text(json.dumps(short))
+    (folder / "short.json").write_text(json.dumps(short[:5] + [found[-1]]))  # the last ones have no proof
+    assert not found[-1]["traced_tactics"]
+    flags = ["--model", "examples/tiny_prover", "--data", str(folder), "--n-eff", "1", "--max-steps", "110"]
+    flags += ["--batch-size", "16", "--micro-batch-size", "16", "--lr", "0.003", "--warmup-steps", "10"]
+    train_lean_step.main([*flags, "--checkpoint-at", "0.9", "--epochs", "9", "--out", str(folder / "lean-neff1")])
+    return folder, folder / "lean-neff1/epoch-1", folder / "lean-neff1/step-110"
+
+
+def test_an_ensemble_and_its_baseline_on_the_embedded_theorems(little_prover, tmp_path):
+    folder, a, b = little_prover
+    flags = ["--theorems", folder / "short.json", "--dojo", "examples.propositional.environment:Dojo"]
+    flags += ["--passes", 64, "--max-steps", 6, "--workers", 2, "--out", tmp_path / "out"]
+    done = run_script("prove.py", "--ensemble", a, b, "--baseline", a, *flags)
+    assert "sampling by transformers, blocks of 64" in done.stdout  # of EXAMPLE_SETTINGS, as the base is an example
+    lines = {path.stem: read(path) for path in (tmp_path / "out").glob("*.jsonl")}
+    names = ["lean-neff1-epoch-1", "lean-neff1-step-110", "lean-neff1-epoch-1-x2"]
+    assert lines.keys() == set(names) and all(sorted(r["id"] for r in found) == [*range(6)] for found in lines.values())
+    assert [lines[name][0]["asked"] for name in names] == [64, 64, 128]
+    proved = [sum(line["successes"] > 0 for line in lines[name]) for name in names]
+    assert all(proved) and not any(line["unreplayable"] for found in lines.values() for line in found)
+
+    def by_hand(name, n):
+        found = sorted(lines[name], key=lambda line: line["id"])
+        return np.array([1 - math.comb(r["asked"] - r["in_time"], n) / math.comb(r["asked"], n) for r in found])
+
+    rows = json.loads((tmp_path / "out/prove.json").read_text())["paper"]
+    assert list(rows) == [str(a), str(b), f"{a} (2 x the passes)", "ensemble of 2"]
+    for n in (16, 64):
+        each = [by_hand(names[0], n), by_hand(names[1], n), by_hand(names[2], 2 * n)]
+        each.append(1 - (1 - each[0]) * (1 - each[1]))
+        for row, values in zip(rows.values(), each, strict=True):
+            assert row[str(n)]["pass"] == pytest.approx(values.mean(), abs=1e-12)
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert table[0] == "| model | pass@16 | pass@64 |" and table[5].startswith("| ensemble of 2 | ")
+    assert (tmp_path / "out/success.png").stat().st_size > 10_000
+    # proofs are proofs, and what each of their states is called is what the model was asked about
+    from examples.propositional.environment import Dojo, ProofFinished
+
+    theorems = json.loads((folder / "short.json").read_text())
+    for line in lines[names[1]]:
+        if line["proof"]:
+            with Dojo(theorems[line["id"]]) as (dojo, state):
+                for tactic, text in zip(line["proof"], line["states"], strict=True):
+                    assert state.pp == text
+                    state = dojo.run_tac(state, tactic)
+                assert isinstance(state, ProofFinished)
+
+
+def test_vllm_samples_the_same_tactics(little_prover, tmp_path):
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    folder, _, b = little_prover
+    flags = ["--theorems", folder / "short.json", "--dojo", "examples.propositional.environment:Dojo", "--workers", 2]
+    flags += ["--passes", 256, "--block", 128, "--max-steps", 6, "--max-theorems", 3]
+    for engine in ("vllm", "transformers"):
+        run_script("prove.py", "--model", b, *flags, "--engine", engine, "--out", tmp_path / engine)
+    one, two = (read(tmp_path / engine / "lean-neff1-step-110.jsonl") for engine in ("vllm", "transformers"))
+    both = {line["id"]: [line["successes"]] for line in one}
+    for line in two:
+        both[line["id"]].append(line["successes"])
+    assert len(both) == 3 and any(0 < x < 256 for x, _ in both.values())
+    for x, y in both.values():  # two draws of one binomial
+        q = (x + y) / 512
+        assert abs(x - y) <= 4.5 * math.sqrt(2 * 256 * max(q * (1 - q), 1 / 256))
+    assert all(line["status"] == "done" and line["passes"] == 256 for line in one + two)
+
+
+# What is proved, and what is refused before anything is started
+
+
+def refused(arguments, capsys, *told):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        prove.main([*map(str, arguments)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and all(one in error for one in told) and "Traceback" not in error, error
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--passes", "0"], "--passes must be positive, not 0"),
+        (["--time-limit", "-1"], "--time-limit must be positive, not -1.0"),
+        (["--time-limit", "nan"], "--time-limit must be positive"),
+        (["--tactic-timeout", "inf"], "--tactic-timeout must be positive"),
+        (["--ns", "16,32", "--passes", "16"], "--ns must lie between 1 and --passes (16)"),
+        (["--ns", "0,1"], "--ns must lie between 1 and"),
+        (["--ns", "a"], "--ns takes whole numbers separated by commas, not 'a'"),
+        (["--merge", "state"], "invalid choice: 'state'"),
+        (["--model", "a", "--ensemble", "b"], "give either --model or --ensemble"),
+        (["--theorems", "a", "--minif2f", "test"], "give either --theorems or --minif2f"),
+        (["--minif2f", "train"], "invalid choice: 'train'"),
+        (["--dojo", "lean_dojo"], "--dojo takes MODULE:CLASS, lean_dojo:Dojo for instance, not lean_dojo"),
+    ],
+)
+def test_bad_arguments(arguments, told, capsys):
+    refused(arguments, capsys, told)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty folder to start from."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    return tmp_path / "elsewhere"
+
+
+def test_models_that_are_missing_or_wrong(elsewhere, capsys, scripted):
+    from scripted_prove import make_checkpoint
+
+    refused([], capsys, "there are no models runs/lean-neff*/epoch-*", "python train_lean_step.py --n-eff $n")
+    refused(["--ensemble"], capsys, "there are no models runs/lean-neff*/epoch-*")
+    refused(["--model", "nowhere/x/y"], capsys, "nowhere/x/y: there is no such folder")
+    refused(["--model", ROOT / "examples/tiny_llama"], capsys, "holds no weights", "train_lean_step.py wrote")
+    refused(["--model", scripted, "--baseline", ROOT / "examples/tiny_llama"], capsys, "tiny_llama holds no weights")
+    refused(["--ensemble", scripted, f"{scripted}/."], capsys, "a model is given twice")
+    other = make_checkpoint(elsewhere / "direct/epoch-1", {}, template="direct")
+    refused(["--model", other], capsys, "was not trained on proof states")
+    for name in ("lean-neff8/epoch-2", "lean-neff8/epoch-10", "lean-neff16/epoch-1", "lean-neff1/epoch-3"):
+        make_checkpoint(elsewhere / "runs" / name, {})
+    make_checkpoint(elsewhere / "runs/lean-neff-old/epoch-9", {})
+    (elsewhere / "runs/lean-neff4/epoch-1.partial").mkdir(parents=True)
+    last = ["runs/lean-neff1/epoch-3", "runs/lean-neff8/epoch-10", "runs/lean-neff16/epoch-1"]
+    refused([], capsys, f"there are several models ({', '.join(last)}): choose by --model")
+    assert prove.choose_models(prove.parse_arguments(["--ensemble"])) == last
+
+
+def test_theorems_and_their_environment(elsewhere, capsys, scripted, records, monkeypatch):
+    model = ["--model", scripted]
+    args = prove.parse_arguments([])
+    theorems = prove.choose_theorems(args)
+    assert f"taking --theorems {ROOT}/examples/propositional/test.json" in capsys.readouterr().out
+    assert args.dojo == "examples.propositional.environment:Dojo" and len(theorems) == 250
+    refused([*model, "--theorems", "none.json"], capsys, "none.json does not exist; LeanDojo Benchmark 4 is at https://")
+    Path("list.json").write_text(json.dumps([*records.values()]))
+    args = prove.parse_arguments(["--theorems", "list.json", "--only-untraced", "--max-theorems", "3"])
+    found = prove.choose_theorems(args)
+    assert args.dojo == "lean_dojo:Dojo"
+    untraced = [name for name, record in records.items() if not record["traced_tactics"]]
+    assert [theorem["full_name"] for theorem in found] == untraced[:3] and 0 < len(untraced) < len(records)
+    assert [theorem["id"] for theorem in found] == [[*records].index(name) for name in untraced[:3]]
+    Path("traced.json").write_text(json.dumps([records["one_step"]]))
+    refused([*model, "--theorems", "traced.json", "--only-untraced"], capsys, "there is no theorem without a trace in it")
+    Path("bad.json").write_text(json.dumps([{"url": "u"}]))
+    refused([*model, "--theorems", "bad.json"], capsys, "bad.json, theorem 1: field 'commit' is missing")
+    Path("default").mkdir()
+    Path("leandojo_benchmark_4/random").mkdir(parents=True)
+    Path("leandojo_benchmark_4/random/test.json").write_text(json.dumps([records["slow"]]))
+    (theorem,) = prove.choose_theorems(args := prove.parse_arguments([]))
+    assert theorem["full_name"] == "slow" and args.dojo == "lean_dojo:Dojo"
+
+
+def test_what_lean_needs_is_asked_for_before_anything_starts(elsewhere, capsys, scripted, records, lean, monkeypatch):
+    Path("list.json").write_text(json.dumps([records["one_step"]]))
+    far = records["one_step"] | {"url": "https://github.com/a/b"}
+    Path("far.json").write_text(json.dumps([far]))
+    near = ["--model", scripted, "--theorems", "list.json", "--engine", "transformers"]
+    refused([*near, "--dojo", "no_such_module:Dojo"], capsys, "no_such_module cannot be imported: is it here?")
+    refused([*near, "--dojo", "no_such_package.module:Dojo"], capsys, "no_such_package.module cannot be imported")
+    refused([*near, "--dojo", "json.no.such:Dojo"], capsys, "json.no.such cannot be imported")
+    refused([*near, "--dojo", "prove.inner:Dojo"], capsys, "prove.inner cannot be imported")
+    with monkeypatch.context() as patch:
+        patch.setenv("GITHUB_ACCESS_TOKEN", "")
+        told = "GITHUB_ACCESS_TOKEN is not set", "https://github.com/settings/tokens, and export it"
+        refused([*near, "--theorems", "far.json"], capsys, *told)
+        patch.setenv("GITHUB_ACCESS_TOKEN", "t")
+        import requests
+
+        asked = []
+
+        def get(*inputs, **more):
+            asked.append((inputs, more))
+            raise requests.ConnectionError("no route")
+
+        patch.setattr(requests, "get", get)
+        refused([*near, "--theorems", "far.json"], capsys, "GitHub, which LeanDojo asks", "no route")
+        ((address,), more) = asked[0]
+        assert "api.github.com" in address and more["headers"]["Authorization"] == "Bearer t" and more["timeout"] < 60
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", os.path.dirname(shutil.which("git")) if not shutil.which("lake", path="/usr/bin") else "")
+        refused(near, capsys, "no git or no lake on PATH", "https://lean-lang.org/install")
+    with monkeypatch.context() as patch:
+        patch.setattr(prove, "find_spec", lambda name: None if name == "lean_dojo" else find_spec(name))
+        refused(near, capsys, "lean_dojo cannot be imported: pip install lean-dojo==4.20.0")
+    assert not Path("runs").exists()
+
+
+def test_minif2f_by_its_names_in_leandojos_cache(elsewhere, capsys, scripted, monkeypatch):
+    model = ["--model", scripted]
+    monkeypatch.setenv("CACHE_DIR", str(elsewhere / "cache"))
+    told = "MiniF2F is not in LeanDojo's cache", "trace(LeanGitRepo('https://github.com/yangky11/miniF2F-lean4', 'be17324"
+    refused([*model, "--minif2f", "test"], capsys, *told)
+    commit = "be17324" + "0" * 33
+    folder = elsewhere / f"cache/yangky11-miniF2F-lean4-{commit}/miniF2F-lean4/MiniF2F"
+    folder.mkdir(parents=True)
+    (folder / "Test.lean").write_text(
+        "import Mathlib\n\ntheorem amc12_1 (x : ℝ)\n  (h : x = 1) : x = 1 := by\n  sorry\n\n"
+        "theorem mathd_2 : 1 + 1 = 2 := by sorry\n\n-- theorem of_a_comment : False\n  theorem imo_3{x : ℕ} : x = x := sorry\n"
+    )
+    (folder / "Valid.lean").write_text("theorem valid_1[Group G] : True := by\n  sorry\n")
+    args = prove.parse_arguments(["--minif2f", "both"])
+    found = prove.choose_theorems(args)
+    assert [theorem["full_name"] for theorem in found] == ["amc12_1", "mathd_2", "imo_3", "valid_1"]
+    assert {theorem["commit"] for theorem in found} == {commit} and args.dojo == "lean_dojo:Dojo"
+    assert [theorem["file_path"] for theorem in found] == ["MiniF2F/Test.lean"] * 3 + ["MiniF2F/Valid.lean"]
+    assert len(prove.choose_theorems(prove.parse_arguments(["--minif2f", "valid"]))) == 1
+    assert str(prove.parse_arguments(["--minif2f", "test"]).theorems) == "None"
+
+
+def test_a_repository_that_is_not_traced_is_refused(lean, worker, records, monkeypatch):
+    """On the node of the worker, whose cache it is."""
+    place = (records["one_step"]["url"], records["one_step"]["commit"])
+    assert worker.not_cached([place]) == []
+    told = worker.not_cached([place, (place[0], "f" * 40), ("https://github.com/a/mathlib4", "0" * 40)])
+    assert len(told) == 2 and all(f"is not in {lean['CACHE_DIR']} of " in line for line in told)
+    assert told[1].startswith("https://github.com/a/mathlib4 at 000")
+
+
+def test_two_checkpoints_of_one_name_are_refused(elsewhere, capsys, records):
+    from scripted_prove import make_checkpoint
+
+    Path("list.json").write_text(json.dumps([records["one_step"]]))
+    a, b = (make_checkpoint(elsewhere / name / "lean/epoch-1", {}) for name in "ab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_tokenizer", lambda checkpoint: None)
+        refused(["--ensemble", a, b, "--theorems", "list.json"], capsys, "two checkpoints have the same last two folders")
+
+
+def test_the_papers_settings():
+    args = prove.parse_arguments([])
+    assert (args.passes, args.max_steps, args.time_limit, args.ns) == (4096, 50, 5000, [16, 64, 256, 1024, 4096])
+    assert (args.tactic_timeout, args.block, args.merge) == (30, 256, "path")
+    assert prove.parse_arguments(["--passes", "1024"]).time_limit == 1250
+    assert prove.parse_arguments(["--passes", "10"]).ns == [10]
+    assert prove.parse_arguments(["--passes", "100", "--stop-at-first"]).ns == [100]
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, prove\ntry: prove.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n") and "(paper: 4096; 1024 to iterate)" in done.stdout
