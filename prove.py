@@ -203,7 +203,11 @@ def check_environment(args, theorems):
 
     module, token = args.dojo.partition(":")[0], os.environ.get("GITHUB_ACCESS_TOKEN")
     sys.path.append(os.getcwd())
-    if find_spec(module.partition(".")[0]) is None or find_spec(module) is None:
+    try:
+        found = find_spec(module)
+    except (ImportError, ValueError):  # what should hold it is missing, or no package
+        found = None
+    if found is None:
         how = "pip install lean-dojo==4.20.0 (Python 3.11 or 3.12)" if module == "lean_dojo" else "is it here?"
         common.refuse(f"--dojo {args.dojo}: {module} cannot be imported: {how}")
     if module != "lean_dojo":
