@@ -65,7 +65,7 @@ class Sampler:
 
 
 def make_checkpoint(folder: Path, chances: dict, **record) -> Path:
-    """chances: {state, or "else": {tactic: weight}}; the tactic "no end" is one that no end-of-sequence token closes."""
+    """chances: {state, or "else": {tactic: weight}}; the tactic "no end" is one that no EOS closes."""
     folder.mkdir(parents=True)
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8192}
     (folder / "config.json").write_text(json.dumps(config))

@@ -165,9 +165,7 @@ def uniform(branching, depth):
     class Uniform(dict):
         def __missing__(self, state):
             ends = len(state) == depth - 1
-            return {
-                chr(65 + i): (1 / branching, "ERROR" if ends else state + chr(65 + i)) for i in range(branching)
-            }
+            return {chr(65 + i): (1 / branching, "ERROR" if ends else state + chr(65 + i)) for i in range(branching)}
 
     return Uniform()
 
@@ -598,6 +596,12 @@ def ray_here():
 
 
 @pytest.fixture
+def cluster(ray_here):
+    """A Ray that is there already, as on several nodes, and quicker than one of its own."""
+    return {"RAY_ADDRESS": ray_here.get_runtime_context().gcs_address}
+
+
+@pytest.fixture
 def actor(ray_here):
     return ray_here.remote(prove.LeanWorker).options(num_cpus=0)
 
@@ -627,7 +631,9 @@ def test_a_worker_that_dies_or_hangs_is_replaced(ray_here, actor, tmp_path):
 def test_a_killed_worker_leaves_no_lean_behind(ray_here, lean, records):
     """Lean hangs and does not hear of SIGHUP or SIGTERM."""
     where = {"env_vars": {**lean, "PYTHONPATH": str(ROOT)}}
-    worker = ray_here.remote(prove.LeanWorker).options(num_cpus=0, runtime_env=where).remote("lean_dojo:Dojo", 60.0, 30.0, 1)
+    worker = (
+        ray_here.remote(prove.LeanWorker).options(num_cpus=0, runtime_env=where).remote("lean_dojo:Dojo", 60.0, 30.0, 1)
+    )
     assert kinds(ray_here.get(worker.do.remote("first_state", records["hanging_only"], [()]), timeout=60)) == ["open"]
     pid = ray_here.get(worker.__ray_call__.remote(lambda self: os.getpid()))
     answer = worker.do.remote("apply", records["hanging_only"], [((), "simp")])
@@ -733,7 +739,7 @@ def test_each_theorem_gets_what_its_tactics_bring(whole_run, lean):
 
 
 def test_the_tables_are_what_the_lines_say(whole_run):
-    folder, out, _, flags = whole_run
+    folder, out, *_ = whole_run
     lines = read(folder / "out/model-epoch-1.jsonl")
     found = json.loads((folder / "out/prove.json").read_text())
     assert found["theorems"] == len(HERE)
@@ -853,7 +859,7 @@ def test_a_lean_that_is_killed_is_replaced_and_nothing_is_lost(disturbed, lean, 
     process = start_script(*flags, "--out", tmp_path / "out", **pause)
     path, killed = tmp_path / "out/model-epoch-1.jsonl", 0
     while process.poll() is None and killed < 3:
-        wait_until(lambda: lines_in(path) >= 2 * killed, process)
+        wait_until(lambda least=2 * killed: lines_in(path) >= least, process)
         (pid,) = wait_until(lambda: running(lean), process)[:1]
         os.kill(pid, signal.SIGKILL)
         killed += 1
@@ -928,11 +934,11 @@ def little_prover(tmp_path_factory):
     return folder, folder / "lean-neff1/epoch-1", folder / "lean-neff1/step-110"
 
 
-def test_an_ensemble_and_its_baseline_on_the_embedded_theorems(little_prover, tmp_path):
+def test_an_ensemble_and_its_baseline_on_the_embedded_theorems(little_prover, cluster, tmp_path):
     folder, a, b = little_prover
     flags = ["--theorems", folder / "short.json", "--dojo", "examples.propositional.environment:Dojo"]
     flags += ["--passes", 64, "--max-steps", 6, "--workers", 2, "--out", tmp_path / "out"]
-    done = run_script("prove.py", "--ensemble", a, b, "--baseline", a, *flags)
+    done = run_script("prove.py", "--ensemble", a, b, "--baseline", a, *flags, **cluster)
     assert "sampling by transformers, blocks of 64" in done.stdout  # of EXAMPLE_SETTINGS, as the base is an example
     lines = {path.stem: read(path) for path in (tmp_path / "out").glob("*.jsonl")}
     names = ["lean-neff1-epoch-1", "lean-neff1-step-110", "lean-neff1-epoch-1-x2"]
@@ -968,23 +974,39 @@ def test_an_ensemble_and_its_baseline_on_the_embedded_theorems(little_prover, tm
                 assert isinstance(state, ProofFinished)
 
 
-def test_vllm_samples_the_same_tactics(little_prover, tmp_path):
+def test_vllm_samples_the_same_tactics(little_prover, cluster, here, tmp_path):
+    """Against a search in this process with the model itself: two draws of one binomial a theorem."""
     if find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
-    folder, _, b = little_prover
+    folder, _, checkpoint = little_prover
     flags = ["--theorems", folder / "short.json", "--dojo", "examples.propositional.environment:Dojo", "--workers", 2]
-    flags += ["--passes", 256, "--block", 128, "--max-steps", 6, "--max-theorems", 3]
-    for engine in ("vllm", "transformers"):
-        run_script("prove.py", "--model", b, *flags, "--engine", engine, "--out", tmp_path / engine)
-    one, two = (read(tmp_path / engine / "lean-neff1-step-110.jsonl") for engine in ("vllm", "transformers"))
-    both = {line["id"]: [line["successes"]] for line in one}
-    for line in two:
-        both[line["id"]].append(line["successes"])
-    assert len(both) == 3 and any(0 < x < 256 for x, _ in both.values())
-    for x, y in both.values():  # two draws of one binomial
+    flags += ["--passes", 256, "--block", 128, "--max-steps", 6, "--max-theorems", 3, "--out", tmp_path / "out"]
+    run_script("prove.py", "--model", checkpoint, *flags, "--engine", "vllm", **cluster)
+    found = {line["id"]: line for line in read(tmp_path / "out/lean-neff1-step-110.jsonl")}
+
+    tokenizer = common.load_tokenizer(str(checkpoint))
+    model, _ = common.load_model(str(checkpoint), tokenizer)
+    live = common.LiveModel(common.make_accelerator(), model.eval(), tokenizer)
+    tokens = common.read_record(str(checkpoint))["max_new_tokens"]
+    one = prove.LeanWorker("examples.propositional.environment:Dojo", 9.0, 9.0, 1)
+    one.events = Counter()
+
+    def sample(theorem, block, walkers):
+        prompts = [tokenizer(f"{place.text}\n---\n").input_ids for place in walkers]
+        drawn = live.generate(prompts, [*walkers.values()], tokens, [100 * block + place.number for place in walkers])
+        return [([common.read_answer(c.token_ids, tokenizer, "lean") for c in group], 0.0) for group in drawn]
+
+    right = []
+    for i, theorem in enumerate(json.loads((folder / "short.json").read_text())[:3]):
+        args = argparse.Namespace(passes=256, time_limit=1e9, block=128, max_steps=6, merge="path", stop_at_first=False)
+        other = prove.prove_theorem(theorem | {"id": i}, 256, args, one, sample)
+        assert other["status"] == found[i]["status"] == "done" and other["passes"] == found[i]["passes"] == 256
+        x, y = other["successes"], found[i]["successes"]
         q = (x + y) / 512
-        assert abs(x - y) <= 4.5 * math.sqrt(2 * 256 * max(q * (1 - q), 1 / 256))
-    assert all(line["status"] == "done" and line["passes"] == 256 for line in one + two)
+        assert abs(x - y) <= 4.5 * math.sqrt(2 * 256 * max(q * (1 - q), 1 / 256)), theorem["full_name"]
+        right.append(y)
+    one.watch.stdin.close()
+    assert any(0 < y < 256 for y in right)
 
 
 # What is proved, and what is refused before anything is started
@@ -1054,7 +1076,9 @@ def test_theorems_and_their_environment(elsewhere, capsys, scripted, records, mo
     theorems = prove.choose_theorems(args)
     assert f"taking --theorems {ROOT}/examples/propositional/test.json" in capsys.readouterr().out
     assert args.dojo == "examples.propositional.environment:Dojo" and len(theorems) == 250
-    refused([*model, "--theorems", "none.json"], capsys, "none.json does not exist; LeanDojo Benchmark 4 is at https://")
+    refused(
+        [*model, "--theorems", "none.json"], capsys, "none.json does not exist; LeanDojo Benchmark 4 is at https://"
+    )
     Path("list.json").write_text(json.dumps([*records.values()]))
     args = prove.parse_arguments(["--theorems", "list.json", "--only-untraced", "--max-theorems", "3"])
     found = prove.choose_theorems(args)
@@ -1063,7 +1087,9 @@ def test_theorems_and_their_environment(elsewhere, capsys, scripted, records, mo
     assert [theorem["full_name"] for theorem in found] == untraced[:3] and 0 < len(untraced) < len(records)
     assert [theorem["id"] for theorem in found] == [[*records].index(name) for name in untraced[:3]]
     Path("traced.json").write_text(json.dumps([records["one_step"]]))
-    refused([*model, "--theorems", "traced.json", "--only-untraced"], capsys, "there is no theorem without a trace in it")
+    refused(
+        [*model, "--theorems", "traced.json", "--only-untraced"], capsys, "there is no theorem without a trace in it"
+    )
     Path("bad.json").write_text(json.dumps([{"url": "u"}]))
     refused([*model, "--theorems", "bad.json"], capsys, "bad.json, theorem 1: field 'commit' is missing")
     Path("default").mkdir()
@@ -1111,14 +1137,18 @@ def test_what_lean_needs_is_asked_for_before_anything_starts(elsewhere, capsys, 
 def test_minif2f_by_its_names_in_leandojos_cache(elsewhere, capsys, scripted, monkeypatch):
     model = ["--model", scripted]
     monkeypatch.setenv("CACHE_DIR", str(elsewhere / "cache"))
-    told = "MiniF2F is not in LeanDojo's cache", "trace(LeanGitRepo('https://github.com/yangky11/miniF2F-lean4', 'be17324"
+    told = (
+        "MiniF2F is not in LeanDojo's cache",
+        "trace(LeanGitRepo('https://github.com/yangky11/miniF2F-lean4', 'be17324",
+    )
     refused([*model, "--minif2f", "test"], capsys, *told)
     commit = "be17324" + "0" * 33
     folder = elsewhere / f"cache/yangky11-miniF2F-lean4-{commit}/miniF2F-lean4/MiniF2F"
     folder.mkdir(parents=True)
     (folder / "Test.lean").write_text(
         "import Mathlib\n\ntheorem amc12_1 (x : ℝ)\n  (h : x = 1) : x = 1 := by\n  sorry\n\n"
-        "theorem mathd_2 : 1 + 1 = 2 := by sorry\n\n-- theorem of_a_comment : False\n  theorem imo_3{x : ℕ} : x = x := sorry\n"
+        "theorem mathd_2 : 1 + 1 = 2 := by sorry\n\n-- theorem of_a_comment : False\n"
+        "  theorem imo_3{x : ℕ} : x = x := sorry\n"
     )
     (folder / "Valid.lean").write_text("theorem valid_1[Group G] : True := by\n  sorry\n")
     args = prove.parse_arguments(["--minif2f", "both"])
@@ -1146,7 +1176,9 @@ def test_two_checkpoints_of_one_name_are_refused(elsewhere, capsys, records):
     a, b = (make_checkpoint(elsewhere / name / "lean/epoch-1", {}) for name in "ab")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "load_tokenizer", lambda checkpoint: None)
-        refused(["--ensemble", a, b, "--theorems", "list.json"], capsys, "two checkpoints have the same last two folders")
+        refused(
+            ["--ensemble", a, b, "--theorems", "list.json"], capsys, "two checkpoints have the same last two folders"
+        )
 
 
 def test_the_papers_settings():

@@ -60,8 +60,8 @@ def train(out, *flags):
 
 def test_as_train_direct_on_the_same_rows(tmp_path, monkeypatch):
     """The template aside, a step is an example like any other: the same batches and the same weights."""
-    rows = [row for row in read(ROOT / "examples/arithmetic/train.jsonl")][:400]
-    lines = [{"problem": r["problem"], "answer": r["answer"], "state": r["problem"], "tactic": r["answer"]} for r in rows]
+    rows = read(ROOT / "examples/arithmetic/train.jsonl")[:400]
+    lines = [row | {"state": row["problem"], "tactic": row["answer"]} for row in rows]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setitem(common.TEMPLATES, "lean", common.TEMPLATES["direct"])
     flags = [*TINY, "--data", str(tmp_path / "train.jsonl"), "--epochs", "4", "--max-steps", "45", "--lr", "0.005"]
@@ -225,7 +225,8 @@ def test_a_proof_that_lost_a_step_is_dropped_whole(capsys, tmp_path):
 
 
 def test_extra_proofs_and_what_a_checkpoint_says(capsys, data, tmp_path):
-    (tmp_path / "found.jsonl").write_text("".join(json.dumps(theorem(f"x{i}", [("7+7=", "14")])) + "\n" for i in (1, 2)))
+    found = [theorem(f"x{i}", [("7+7=", "14")]) for i in (1, 2)]
+    (tmp_path / "found.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
     (tmp_path / "more.jsonl").write_text(json.dumps({"state": "1+1=", "tactic": "2"}) + "\n")
     extra = ["--extra", tmp_path / "found.jsonl", tmp_path / "more.jsonl"]
     out = train(tmp_path / "run", "--data", data, *extra, "--n-eff", 1, "--epochs", 1, "--batch-size", 50)
