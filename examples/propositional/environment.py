@@ -8,29 +8,28 @@
 Tactics, one a request, on the first goal (h, a, b: new names; t: a hypothesis or an application `h1 h2`):
     intro h …      exact t         apply t          constructor     left     right     exfalso     assumption
     have h := t    cases t (a proof of False)       obtain ⟨a, b⟩ := t       obtain a | b := t
-They do what Lean's do, or refuse: anything else that Lean would take is an error here, among it a new name that is in
-use already (Lean would shadow it and print h✝) and `constructor` for ∨.
+They do what Lean's do. Whatever else Lean takes is refused, even `constructor` for ∨ and a name in use (Lean: h✝).
 
 A formula is an atom's name, "False", or (connective, left, right); ¬A is ("¬", A, "False"), the same to Lean as
-A → False. An atom is a hypothesis of type Prop.
+A → False. An atom is a hypothesis of type Prop. What makes no sense is a ValueError, until `Dojo` catches it.
 """
 
 import re
+from collections import namedtuple
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from itertools import groupby
 
+TOKEN = re.compile(r"[A-Za-z][A-Za-z0-9_']*|:=|\S")
+KEYWORDS = "theorem Prop False intro exact apply constructor left right exfalso assumption have cases obtain"
+PRECEDENCE = {"↔": 20, "→": 25, "∨": 30, "∧": 35}
 
-class DojoInitError(Exception):
-    """The theorem has no statement, or one that makes no sense."""
-
-
-class DojoCrashError(Exception):
-    """The environment cannot go on."""
-
-
-class DojoTacticTimeoutError(Exception):
-    """There for the interface: no tactic takes long here."""
+LeanError = namedtuple("LeanError", "error")
+ProofFinished = namedtuple("ProofFinished", "tactic_state_id message", defaults=[None])
+ProofGivenUp = namedtuple("ProofGivenUp", "")  # what `sorry` gives
+DojoInitError = type("DojoInitError", (Exception,), {})  # the theorem makes no sense
+DojoCrashError = type("DojoCrashError", (Exception,), {})  # the state does not exist
+DojoTacticTimeoutError = type("DojoTacticTimeoutError", (Exception,), {})  # for the interface: nothing takes long here
 
 
 @dataclass(frozen=True)
@@ -40,237 +39,145 @@ class TacticState:
     message: str | None = field(default=None, compare=False)
 
 
-@dataclass(frozen=True)
-class ProofFinished:
-    tactic_state_id: int
-    message: str | None = None
-
-
-@dataclass(frozen=True)
-class LeanError:
-    error: str
-
-
-@dataclass(frozen=True)
-class ProofGivenUp:
-    pass
-
-
-class Refused(Exception):
-    """What makes no sense; becomes a LeanError or a DojoInitError."""
-
-
-class Goal(NamedTuple):
-    case: str  # Lean's tag, as in `case inl.left`; "" where there is none
-    hypotheses: dict  # {name: formula}, never changed in place
-    target: object  # a formula
-
-
-PRECEDENCE = {"↔": 20, "→": 25, "∨": 30, "∧": 35, "¬": 1024}
-TACTICS = (
-    "intro",
-    "exact",
-    "apply",
-    "constructor",
-    "left",
-    "right",
-    "exfalso",
-    "assumption",
-    "have",
-    "cases",
-    "obtain",
-)
-TOKEN = re.compile(r"[A-Za-z][A-Za-z0-9_']*|:=|\S")
-
-
 @cache
 def show(formula, at_least=0):
+    """As Lean prints it where a precedence of `at_least` is needed to do without parentheses."""
     if isinstance(formula, str):
         return formula
     connective, left, right = formula
-    strength = PRECEDENCE[connective]
-    text = f"{show(left, strength + 1)} {connective} {show(right, strength + (connective == '↔'))}"
-    text = f"¬{show(left, 40)}" if connective == "¬" else text
-    return f"({text})" if strength < at_least else text
-
-
-def show_goal(goal):
-    lines = []
-    for name, formula in goal.hypotheses.items():  # those of one type that follow each other share a line
-        if lines and lines[-1][1] == formula:
-            lines[-1][0].append(name)
-        else:
-            lines.append(([name], formula))
-    text = "".join(f"{' '.join(names)} : {show(formula)}\n" for names, formula in lines)
-    return (f"case {goal.case}\n" if goal.case else "") + f"{text}⊢ {show(goal.target)}"
+    if connective == "¬":
+        return f"¬{show(left, 40)}"
+    own = PRECEDENCE[connective]  # ↔ does not associate, the others do to the right
+    text = f"{show(left, own + 1)} {connective} {show(right, own + (connective == '↔'))}"
+    return f"({text})" if own < at_least else text
 
 
 @cache
 def unfold(formula):
     """¬A becomes A → False: two propositions are the same to Lean if these are equal."""
     if isinstance(formula, str):
-        return formula
-    return ("→" if formula[0] == "¬" else formula[0], unfold(formula[1]), unfold(formula[2]))
+        return "→" if formula == "¬" else formula
+    return tuple(map(unfold, formula))
 
 
-def premises(formula):
-    """A → B → C -> [A, B]"""
-    return [formula[1], *premises(formula[2])] if formula[0] in ("→", "¬") else []
+def sides(formula, connectives):
+    """The two sides of a formula with one of the connectives; A ↔ B is the ∧ of its directions."""
+    if formula[0] not in connectives:
+        raise ValueError(f"{' or '.join(connectives)} expected, not {show(formula)}")
+    connective, left, right = formula
+    return [("→", left, right), ("→", right, left)] if connective == "↔" else [left, right]
 
 
-def parts(formula):
-    """-> (connective, left, right), ↔ as the ∧ of its directions; an atom has no parts."""
-    connective, left, right = formula if isinstance(formula, tuple) else (formula, None, None)
-    return ("∧", ("→", left, right), ("→", right, left)) if connective == "↔" else (connective, left, right)
+def nested(tokens, end=None):
+    """Parentheses become lists: exact h1 (h2 h3) -> ["exact", "h1", ["h2", "h3"]]. tokens: an iterator."""
+    items = []
+    while (token := next(tokens, None)) != end:
+        if token in (None, ")"):
+            raise ValueError(f"unexpected {token or 'end of input'}")
+        items.append(nested(tokens, ")") if token == "(" else token)
+    return items
 
 
-def add(hypotheses, *new):
-    for name, formula in new:
-        if name in hypotheses:
-            raise Refused(f"the name '{name}' is in use")
-        hypotheses = hypotheses | {name: formula}
-    return hypotheses
+class Goal(namedtuple("Goal", "case hypotheses target")):
+    """case: Lean's name, "inl.left" for instance, or ""; hypotheses: {name: formula}, never changed in place."""
 
+    def __str__(self):  # as Lean prints it: neighbours of one type share a line
+        lines = [f"case {self.case}"] if self.case else []
+        lines += [f"{' '.join(names)} : {show(its)}" for its, names in groupby(self.hypotheses, self.hypotheses.get)]
+        return "\n".join([*lines, f"⊢ {show(self.target)}"])
 
-class Reader:
-    """A text's tokens, read from left to right, and the names that it may use."""
+    def read(self, items):  # nested tokens -> the formula
+        for connective in PRECEDENCE:  # the weakest is the outermost, its leftmost first: A → B → C is A → (B → C)
+            if connective in items:
+                at = items.index(connective)
+                return connective, self.read(items[:at]), self.read(items[at + 1 :])
+        match items:
+            case ["¬", *negated]:
+                return "¬", self.read(negated), "False"
+            case [list(inside)]:
+                return self.read(inside)
+            case [atom] if atom == "False" or self.hypotheses.get(atom) == "Prop":
+                return atom
+        raise ValueError(f"not a formula: {items}")
 
-    def __init__(self, text, hypotheses):
-        self.tokens, self.hypotheses = [*TOKEN.findall(text), ""], hypotheses
-
-    def is_name(self):
-        return self.tokens[0][:1].isalpha() and self.tokens[0] not in {*TACTICS, "theorem", "False", "Prop"}
-
-    def take(self, *expected):
-        """The next token, which is one of `expected`, or a name if nothing is."""
-        if self.tokens[0] not in expected if expected else not self.is_name():
-            found, wanted = self.tokens[0] or "end of input", " or ".join(expected) if expected else "identifier"
-            raise Refused(f"unexpected {found}; expected {wanted or 'end of input'}")
-        return self.tokens.pop(0)
-
-    def known(self):
-        if (name := self.take()) not in self.hypotheses:
-            raise Refused(f"unknown identifier '{name}'")
-        return self.hypotheses[name]
-
-    def formula(self, at_least=0):
-        token = self.tokens[0]
-        if token in ("(", "¬", "False"):
-            self.take(token)
-            left = token if token == "False" else self.formula(40 if token == "¬" else 0)
-            left = ("¬", left, "False") if token == "¬" else left
-            token == "(" and self.take(")")
-        elif self.known() == "Prop":
-            left = token
-        else:
-            raise Refused(f"type expected, got '{token}'")
-        while PRECEDENCE.get(self.tokens[0], -1) >= at_least and self.tokens[0] != "¬":
-            connective = self.tokens.pop(0)
-            strength = PRECEDENCE[connective] + (connective == "↔")  # ↔ does not associate, the others to the right
-            left = (connective, left, self.formula(strength))
-            at_least = strength if connective == "↔" else at_least
-        return left
-
-    def proof(self, of=None, one=False):
-        """A term (one: no application without parentheses) -> what it proves, which is `of` where that is given."""
-        if self.tokens[0] == "(":
-            self.take("(")
-            found = self.proof()
-            self.take(")")
-        else:
-            found = self.known()
-        while not one and (self.tokens[0] == "(" or self.is_name()):
-            if found[0] not in ("→", "¬"):
-                raise Refused(f"function expected, the term has type\n  {show(found)}")
-            self.proof(found[1], one=True)
-            found = found[2]
-        if of is not None and unfold(found) != unfold(of):
-            raise Refused(f"type mismatch, the term has type\n  {show(found)}\nbut is expected to have\n  {show(of)}")
+    def proof(self, term, of=None):
+        """What the term, its first item applied to the others, proves; that has to be `of`, if it is given."""
+        head, *arguments = term or [""]
+        found = self.proof(head) if isinstance(head, list) else self.hypotheses.get(head)
+        if not found:
+            raise ValueError(f"unknown identifier '{head}'")
+        for argument in arguments:
+            premise, found = sides(found, "→¬")
+            self.proof([argument], of=premise)
+        if of and unfold(found) != unfold(of):
+            raise ValueError(f"type mismatch: {show(of)} expected, not {show(found)}")
         return found
 
+    def add(self, name, formula, without=None):
+        """The goal with a new hypothesis, and without the term that is taken apart for it, if that is a hypothesis."""
+        rest = {old: its for old, its in self.hypotheses.items() if [old] != without}
+        if not isinstance(name, str) or not name[0].isalpha() or name in KEYWORDS.split() or name in rest:
+            raise ValueError(f"'{name}' is not a name, or is in use")
+        return self._replace(hypotheses={**rest, name: formula})
 
-def apply_tactic(goal, tactic):
-    """-> the goals that take this goal's place, or Refused."""
-    case, hypotheses, target = goal
-    read = Reader(tactic, hypotheses)
-    word = read.take(*TACTICS)
-    connective, left, right = parts(target)
-    new, tags = [], []  # the new goals' (hypotheses, target); Lean's names for them
-
-    def wants(condition, otherwise):
-        if not condition:
-            raise Refused(f"tactic '{word}' failed, {otherwise}\n{show_goal(goal)}")
-
-    if word == "intro":
-        while read.tokens[0] or not new:
-            wants(target[0] in ("→", "¬"), "there are no additional binders to introduce")
-            hypotheses, target = add(hypotheses, (read.take(), target[1])), target[2]
-            new = [(hypotheses, target)]
-    elif word == "exact":
-        read.proof(of=target)
-    elif word == "assumption":
-        wants(unfold(target) in map(unfold, hypotheses.values()), "no hypothesis is the goal")
-    elif word == "cases":
-        read.proof(of="False")
-    elif word == "exfalso":
-        new = [(hypotheses, "False")]
-    elif word == "have":
-        name, _ = read.take(), read.take(":=")
-        new = [(add(hypotheses, (name, read.proof())), target)]
-    elif word == "apply":
-        found = read.proof()
-        wanted = premises(found)[: max(len(premises(found)) - len(premises(target)), 0)]
-        for _ in wanted:
-            found = found[2]
-        wants(unfold(found) == unfold(target), f"could not unify the goal with the conclusion\n  {show(found)}")
-        new, tags = [(hypotheses, premise) for premise in wanted], ["a"] * len(wanted)
-    elif word == "constructor":
-        wants(connective == "∧", "target is not ∧ or ↔")
-        new, tags = [(hypotheses, left), (hypotheses, right)], ["mp", "mpr"] if target[0] == "↔" else ["left", "right"]
-    elif word in ("left", "right"):
-        wants(connective == "∨", "target is not ∨")
-        new = [(hypotheses, left if word == "left" else right)]
-    else:
-        opening, between, closing = ("⟨", ",", "⟩") if read.tokens[0] == "⟨" else ("", "|", "")
-        a, b = (opening and read.take(opening), read.take(), read.take(between), read.take())[1::2]
-        closing and read.take(closing), read.take(":=")
-        term = read.tokens[:]
-        connective, left, right = parts(read.proof())
-        wants(connective == ("∧" if closing else "∨"), "the term's type does not fit the pattern")
-        if len(term) - len(read.tokens) == 1:  # a hypothesis that is taken apart goes
-            hypotheses = {name: formula for name, formula in hypotheses.items() if name != term[0]}
-        if closing:
-            new = [(add(hypotheses, (a, left), (b, right)), target)]
-        else:
-            new, tags = [(add(hypotheses, side), target) for side in ((a, left), (b, right))], ["inl", "inr"]
-    read.take("")
-    cases = [f"{case}.{tag}".strip(".") for tag in tags] if len(new) > 1 else [case] * len(new)  # alone: the old tag
-    return [Goal(case, *both) for case, both in zip(cases, new, strict=True)]
+    def apply(self, tactic):
+        """-> the goals that take this goal's place, or ValueError."""
+        goal, target, new, tags = self, self.target, [], []  # tags: what Lean calls the new goals if they are several
+        match nested(iter(TOKEN.findall(tactic))):
+            case ["intro", *names] if names:
+                for name in names:
+                    premise, target = sides(target, "→¬")
+                    goal = goal.add(name, premise)
+                new = [goal._replace(target=target)]
+            case ["exact" | "cases" as word, *term]:
+                self.proof(term, of=target if word == "exact" else "False")
+            case ["assumption"] if unfold(target) in map(unfold, self.hypotheses.values()):
+                pass
+            case ["exfalso"]:
+                new = [self._replace(target="False")]
+            case ["have", name, ":=", *term]:
+                new = [self.add(name, self.proof(term))]
+            case ["apply", *term]:
+                found = self.proof(term)
+                while unfold(found) != unfold(target):
+                    premise, found = sides(found, "→¬")
+                    new.append(self._replace(target=premise))
+                tags = "a" * len(new)
+            case ["constructor"]:
+                new = [self._replace(target=side) for side in sides(target, "∧↔")]
+                tags = ["mp", "mpr"] if target[0] == "↔" else ["left", "right"]
+            case ["left" | "right" as side]:
+                new = [self._replace(target=sides(target, "∨")[side == "right"])]
+            case ["obtain", "⟨", a, ",", b, "⟩", ":=", *term]:
+                left, right = sides(self.proof(term), "∧↔")
+                new = [self.add(a, left, without=term).add(b, right)]
+            case ["obtain", a, "|", b, ":=", *term]:
+                left, right = sides(self.proof(term), "∨")
+                new, tags = [self.add(a, left, without=term), self.add(b, right, without=term)], ["inl", "inr"]
+            case _:
+                raise ValueError(f"not a tactic that can be used here: {tactic}")
+        cases = [f"{self.case}.{tag}".strip(".") for tag in tags] if len(new) > 1 else [self.case] * len(new)
+        return [goal._replace(case=case) for goal, case in zip(new, cases, strict=True)]
 
 
 class Dojo:
     """theorem: {"statement": "theorem name (A B : Prop) (h1 : A → B) … : goal", …}"""
 
-    def __init__(self, theorem: dict, timeout: float = 30):
+    def __init__(self, theorem, timeout=30):
         self.theorem, self.goals = theorem, []  # of each state, by its id
 
     def __enter__(self):
+        goal = Goal("", {}, None)
         try:
-            read = Reader(self.theorem["statement"], {})
-            read.take("theorem"), read.take()
-            while read.take("(", ":") == "(":
-                names = [read.take()]
-                while read.tokens[0] != ":":
-                    names.append(read.take())
-                read.take(":")
-                formula = read.take("Prop") if read.tokens[0] == "Prop" else read.formula()
-                read.hypotheses = add(read.hypotheses, *((name, formula) for name in names))
-                read.take(")")
-            goal = Goal("", read.hypotheses, read.formula())
-            read.take("")
-        except (KeyError, TypeError, RecursionError, Refused) as error:
+            _, _, *binders = nested(iter(TOKEN.findall(self.theorem["statement"])))
+            while (binder := binders.pop(0)) != ":":
+                at = binder.index(":")
+                formula = "Prop" if binder[at + 1 :] == ["Prop"] else goal.read(binder[at + 1 :])
+                for name in binder[:at]:
+                    goal = goal.add(name, formula)
+            return self, self.keep([goal._replace(target=goal.read(binders))])
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise DojoInitError(f"{self.theorem.get('full_name')}: {error!r}") from error
-        return self, self.keep([goal])
 
     def __exit__(self, *_):
         self.goals.clear()
@@ -278,15 +185,15 @@ class Dojo:
     def keep(self, goals):
         self.goals.append(goals)
         number = len(self.goals) - 1
-        return TacticState("\n\n".join(map(show_goal, goals)), number) if goals else ProofFinished(number)
+        return TacticState("\n\n".join(map(str, goals)), number) if goals else ProofFinished(number)
 
-    def run_tac(self, state: TacticState, tactic: str):
+    def run_tac(self, state, tactic):
         if not isinstance(state, TacticState) or not 0 <= state.id < len(self.goals):
             raise DojoCrashError(f"there is no such state to go on from: {state}")
         if re.search(r"\bsorry\b", tactic):
             return ProofGivenUp()
         first, *others = self.goals[state.id]
         try:
-            return self.keep(apply_tactic(first, tactic) + others)
-        except (Refused, RecursionError) as error:
+            return self.keep(first.apply(tactic) + others)
+        except (ValueError, RecursionError) as error:
             return LeanError(str(error))

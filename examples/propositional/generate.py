@@ -17,9 +17,9 @@ from functools import cache
 from pathlib import Path
 
 try:
-    from environment import Goal, apply_tactic, premises, show, show_goal, unfold
+    from environment import Goal, show, unfold
 except ImportError:
-    from examples.propositional.environment import Goal, apply_tactic, premises, show, show_goal, unfold
+    from examples.propositional.environment import Goal, show, unfold
 
 TRACED, UNTRACED, VAL, TEST = 1000, 300, 100, 250
 SHORT = {1: 20, 2: 26, 3: 14, 4: 10, 5: 8, 6: 7, 7: 5, 8: 4, 9: 2, 10: 1, 11: 1, 12: 0.5, 13: 0.5, 14: 0.5, 15: 0.5}
@@ -89,6 +89,11 @@ def truth_table(formula):
 
 
 # ---- The shortest proofs ---------------------------------------------------------------------------------------------
+def premises(formula):
+    """A → B → C -> [A, B]"""
+    return [formula[1], *premises(formula[2])] if formula[0] in ("→", "¬") else []
+
+
 def tactics(goal):
     """What may be a step of a shortest proof."""
     hypotheses = [(name, formula) for name, formula in goal.hypotheses.items() if formula != "Prop"]
@@ -146,7 +151,7 @@ class Prover:
                 raise TooLong
             self.steps[key] = []
             for tactic in tactics(goal):
-                goals = apply_tactic(goal, tactic)
+                goals = goal.apply(tactic)
                 if all(provable(frozenset(map(plain, g.hypotheses.values())), plain(g.target)) for g in goals):
                     self.steps[key].append((tactic, [(self.key(g), g) for g in goals]))
             self.rng.shuffle(self.steps[key])
@@ -245,8 +250,8 @@ def theorems(split, lengths, seed, taken):
 def trace(goal, proof):
     goals, steps = [goal], []
     for tactic in proof:
-        before, goals = goals, apply_tactic(goals[0], tactic) + goals[1:]
-        states = ["\n\n".join(map(show_goal, state)) or "no goals" for state in (before, goals)]
+        before, goals = goals, goals[0].apply(tactic) + goals[1:]
+        states = ["\n\n".join(map(str, state)) or "no goals" for state in (before, goals)]
         steps.append(
             {"tactic": tactic, "annotated_tactic": [tactic, []], "state_before": states[0], "state_after": states[1]}
         )
