@@ -50,7 +50,9 @@ from queue import SimpleQueue
 EXAMPLE_SETTINGS = {"engine": "transformers", "block": 4096}
 TABLE_NS = "16,64,256,1024,4096"
 MINIF2F = "https://github.com/yangky11/miniF2F-lean4", "be17324"  # its commit for Lean 4.20, as far as it is given
-UNTRUSTED = re.compile(r"\b(sorry\w*|admit|native_decide|ofReduce\w+|trustCompiler)\b|\+\s*native|\bnative\s*:=|\x7f")
+UNTRUSTED = re.compile(
+    r"\b(sorry\w*|admit|native_decide|bv_decide|ofReduce\w+|trustCompiler)\b|\+\s*native|\bnative\s*:=|\x7f"
+)
 LONGEST_REQUEST = 4000  # bytes; a pty takes no line above 4,095
 BROKEN = ("timeout", "crash")  # outcomes that say nothing of the tactic yet
 BRANCHING_PASSES = 64  # branching is measured at states that at least so many passes have come to
@@ -439,8 +441,9 @@ class LeanWorker:
         self.watch = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
         os.environ["DCO_LEAN_WORKER"] = self.mark  # which every process that is started in here inherits
         os.environ["TACTIC_MEMORY_LIMIT"] = f"{max(1, psutil.virtual_memory().total // workers_here >> 30)}g"
-        module, _, self.name = dojo.partition(":")
+        module, _, name = dojo.partition(":")
         self.module = import_module(module)
+        self.kind = getattr(self.module, name)
 
     def not_cached(self, repositories: list) -> list[str]:
         """The repositories that LeanDojo would have to trace anew on this node, which takes hours."""
@@ -460,7 +463,7 @@ class LeanWorker:
             if place not in self.repositories:
                 self.repositories[place] = self.module.LeanGitRepo(*place)
             entry = self.module.Theorem(self.repositories[place], Path(entry["file_path"]), entry["full_name"])
-        self.manager = getattr(self.module, self.name)(entry, timeout=self.start_timeout)
+        self.manager = self.kind(entry, timeout=self.start_timeout)
         self.dojo, state = self.manager.__enter__()
         for owner in (self.dojo, getattr(self.dojo, "proc", None)):  # LeanDojo has one limit for the start and tactics
             if hasattr(owner, "timeout"):
@@ -704,7 +707,8 @@ def unbiased_pass_at_n(result: dict, n: int) -> tuple[float, bool]:
     average is biased. But the search stopped at the first block with which the time, that of all blocks together and
     with what several share counted once, was over the limit. It would have done so after the same blocks in any order
     whose last one is of those without which the time was not over. All these orders are as likely, so the average over
-    them of the estimate from the blocks before the last one is unbiased for n up to one block; for more, given that so
+    them of the estimate from the blocks before the last one is unbiased: of pass@1 exactly, of pass@n as far as the
+    blocks are independent of each other (in simulations, no bias is seen), and for n above one block given that so
     many blocks were admitted."""
     import common
 
