@@ -585,6 +585,11 @@ def bootstrap_interval(values, level: float = 0.95, resamples: int = 2000, seed:
     return float(low), float(high)
 
 
+def mean_and_interval(values: np.ndarray) -> dict:
+    low, high = bootstrap_interval(values)
+    return {"pass": float(values.mean()), "low": low, "high": high}
+
+
 def exact_pass_at_n(log_p, n: int) -> np.ndarray:
     """C^N = 1 - (1-p)^N = e^(-ℓ_DCO^N) of each problem, without any sample. It counts the reference answer alone: a
     lower bound where other strings are right as well. log_p: [problems]."""
@@ -634,6 +639,34 @@ def colours_for(count: int):
 
     palette = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
     return palette[:count] if count <= len(palette) else [colormaps["cividis"](i / (count - 1)) for i in range(count)]
+
+
+def draw_curves(curves: dict, x_label: str, y_label: str, path: Path, envelope: bool = False) -> list[Path]:
+    """curves: {label: {N: {"pass", "low", "high"}}}, in percent over N, with their intervals. envelope: the largest at
+    each N as well."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(5.6, 3.6), layout="constrained")
+    ns = list(next(iter(curves.values())))
+    if envelope:
+        largest = [100 * max(curve[n]["pass"] for curve in curves.values()) for n in ns]
+        axis.plot(ns, largest, color="0.8", linewidth=7, solid_capstyle="round", label="Pareto envelope")
+    for i, (colour, (label, curve)) in enumerate(zip(colours_for(len(curves)), curves.items(), strict=True)):
+        middle, low, high = ([100 * curve[n][name] for n in ns] for name in ("pass", "low", "high"))
+        axis.plot(ns, middle, color=colour, marker="osD^vPX"[i % 7], markersize=3.5, label=label)
+        axis.fill_between(ns, low, high, color=colour, alpha=0.12, linewidth=0)
+    axis.set_xscale("log", base=4)
+    ticks = [n for n in ns if math.log(n, 4).is_integer()]
+    axis.set_xticks(ticks, [f"{n}" for n in ticks])
+    axis.set_ylim(0, 100)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=7)
+    return save_figure(figure, path)
 
 
 def save_figure(figure, path: Path) -> list[Path]:
@@ -896,6 +929,13 @@ def start_out(out: Path, args: dict):
     for old in [path for name in (*RUN_FILES, "engine-*.log") for path in out.glob(name)]:
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
     (out / "args.json").write_text(json.dumps(args, indent=2, default=str) + "\n")
+
+
+def write_whole(path: Path, text: str):
+    """A file of that name is always a whole one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.rename(path)
 
 
 def append_json(path: Path, line: dict):

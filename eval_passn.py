@@ -163,8 +163,7 @@ def main(argv=None):
             "checkpoints": results,
         }
         path = out / f"passn-{data_name}.json"
-        path.with_suffix(".partial").write_text(json.dumps(report) + "\n")
-        path.with_suffix(".partial").rename(path)
+        common.write_whole(path, json.dumps(report) + "\n")
         figures = draw_coverage(results, "exact", out / f"passn-{data_name}.png")
         figures += draw_coverage(results, "sampled", out / f"passn-{data_name}{'-sampled' * bool(figures)}.png")
         figures += draw_confidence(results, out / f"confidence-{data_name}.png")
@@ -338,7 +337,7 @@ def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
         summary["exact"] = {}
         for n in curve_ns(args.ns):
             values = common.exact_pass_at_n(log_p, n)
-            summary["exact"][n] = mean_and_interval(values)
+            summary["exact"][n] = common.mean_and_interval(values)
         summary["greedy"] = {
             "confidence": float(np.mean([problem["greedy_confidence"] for problem in problems])),
             "accuracy": float(np.mean(verdicts)),
@@ -358,19 +357,12 @@ def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
         summary["sampled"] = {"n": args.n}
         for n in [n for n in curve_ns(args.ns) if n <= args.n]:
             values = common.pass_at_n(args.n, c, n)
-            summary["sampled"][n] = mean_and_interval(values) | {"sampling_error": sampling_error(args.n, c, n)}
+            summary["sampled"][n] = common.mean_and_interval(values) | {"sampling_error": sampling_error(args.n, c, n)}
         summary["mode"] = {
             "confidence": float(np.mean([problem["mode_confidence"] for problem in problems])),
             "accuracy": float(np.mean([problem["mode_right"] for problem in problems])),
         }
     return summary | {"per_problem": problems}
-
-
-def mean_and_interval(values) -> dict:
-    import common
-
-    low, high = common.bootstrap_interval(values)
-    return {"pass": float(values.mean()), "low": low, "high": high}
 
 
 def sampling_error(n: int, c, k: int, resamples: int = 500, seed: int = 0) -> float:
@@ -428,27 +420,12 @@ def draw_coverage(results: list[dict], kind: str, path: Path) -> list[Path]:
     """pass@N over N with 95 % intervals over problems, and the largest at each N: the Pareto envelope (Figure 2a)."""
     import common
 
-    results = [result for result in results if kind in result]
-    if not results:
-        return []
-    figure, axes = new_figure(1, 1)
-    axis, colours = axes[0], common.colours_for(len(results))
-    ns = [n for n in results[0][kind] if n != "n"]
-    if len(results) > 1:
-        envelope = [100 * max(result[kind][n]["pass"] for result in results) for n in ns]
-        axis.plot(ns, envelope, color="0.8", linewidth=7, solid_capstyle="round", label="Pareto envelope")
-    for i, result in enumerate(results):
-        middle, low, high = ([100 * result[kind][n][name] for n in ns] for name in ("pass", "low", "high"))
-        axis.plot(ns, middle, color=colours[i], marker="osD^vPX"[i % 7], markersize=3.5, label=label_of(result))
-        axis.fill_between(ns, low, high, color=colours[i], alpha=0.12, linewidth=0)
-    axis.set_xscale("log", base=4)
-    axis.set_xticks([n for n in ns if math.log(n, 4).is_integer()], [f"{n}" for n in ns if math.log(n, 4).is_integer()])
-    axis.set_ylim(0, 100)
-    axis.set_xlabel("N (samples a problem)")
-    axis.set_ylabel(f"pass@N coverage (%), {kind}")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=7, loc="lower right")
-    return common.save_figure(figure, path)
+    found, curves = [result for result in results if kind in result], {}
+    for result in found:
+        label = result["checkpoint"] if label_of(result) in curves else label_of(result)
+        curves[label] = {n: value for n, value in result[kind].items() if n != "n"}
+    names = "N (samples a problem)", f"pass@N coverage (%), {kind}"
+    return common.draw_curves(curves, *names, path, envelope=len(curves) > 1) if curves else []
 
 
 def draw_confidence(results: list[dict], path: Path) -> list[Path]:

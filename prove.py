@@ -281,8 +281,7 @@ def start_out(args, theorems, runs) -> dict:
         if there and there.get(name, value if name.startswith("weights of") else None) != value:
             old = "another" if name == "theorems" or name.startswith("weights of") else there.get(name)
             common.refuse(f"--out {args.out} holds results of other settings ({name}: {old}): give another --out")
-    file.with_suffix(".partial").write_text(json.dumps(there | settings, indent=2) + "\n")
-    file.with_suffix(".partial").rename(file)
+    common.write_whole(file, json.dumps(there | settings, indent=2) + "\n")
     return paths
 
 
@@ -729,6 +728,8 @@ def report(args, runs, theorems):
     """Tables on standard output, prove.json, success.png, and the proofs."""
     import numpy as np
 
+    import common
+
     curve = sorted({*args.ns, *(2**i for i in range(args.passes.bit_length()))}) if not args.stop_at_first else args.ns
     order, rows = [theorem["id"] for theorem in theorems], {"paper": {}, "unbiased": {}}
     for kind, estimate in (("paper", paper_pass_at_n), ("unbiased", unbiased_pass_at_n)):
@@ -743,13 +744,15 @@ def report(args, runs, theorems):
                 else:
                     found = [estimate(by_id[i], n * times) for i in order]
                 values = np.array([value for value, _ in found])
-                row[n] = interval(values, any(bound for _, bound in found))
+                row[n] = common.mean_and_interval(values) | {"lower_bound": any(bound for _, bound in found)}
                 if times == 1:
                     missed[n] *= 1 - values
                     bounds[n] |= row[n]["lower_bound"]
         members = sum(times == 1 for _, times, _ in runs)
         if args.ensemble is not None:
-            rows[kind][f"ensemble of {members}"] = {n: interval(1 - missed[n], bounds[n]) for n in curve}
+            rows[kind][f"ensemble of {members}"] = {
+                n: common.mean_and_interval(1 - missed[n]) | {"lower_bound": bounds[n]} for n in curve
+            }
     print("\nsuccess rate in percent, 95 % intervals over theorems\n\n" + markdown_table(rows["paper"], args.ns))
     if rows["paper"] != rows["unbiased"] and not args.stop_at_first:
         print("\nand without the bias of the time limit (>=: from fewer passes than N)\n")
@@ -772,21 +775,14 @@ def report(args, runs, theorems):
     header = f"| model | proved | valid tactics a state (of {BRANCHING_PASSES} passes or more) | calls of one-by-one "
     header += "walks | passes unfinished | timeouts | crashes | replays failed |"
     print("\n" + "\n".join([header, "|---" * 8 + "|", *lines]))
-    figures = [] if args.stop_at_first else draw(rows["paper"], args.out / "success.png")
+    names = "N (passes a theorem and model)", "theorems proved (%)"
+    figures = [] if args.stop_at_first else common.draw_curves(rows["paper"], *names, args.out / "success.png")
     file = args.out / "prove.json"
     arguments = {name: str(value) for name, value in vars(args).items()}
-    file.with_suffix(".partial").write_text(json.dumps({"theorems": len(order), "arguments": arguments, **rows}) + "\n")
-    file.with_suffix(".partial").rename(file)
+    common.write_whole(file, json.dumps({"theorems": len(order), "arguments": arguments, **rows}) + "\n")
     if args.save_proofs:
         figures += [save_proofs(args.save_proofs, runs, theorems)]
     print("\nwrote", ", ".join(map(str, [file, *figures])))
-
-
-def interval(values, lower_bound: bool) -> dict:
-    import common
-
-    low, high = common.bootstrap_interval(values)
-    return {"pass": float(values.mean()), "low": low, "high": high, "lower_bound": lower_bound}
 
 
 def label_of(checkpoint: str, times: int) -> str:
@@ -806,32 +802,6 @@ def markdown_table(rows: dict, ns: list[int]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: dict, path: Path) -> list[Path]:
-    """Success against passes (Table 6 as a figure), with the intervals over theorems."""
-    import matplotlib
-
-    import common
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(5.6, 3.6), layout="constrained")
-    for i, (colour, (label, row)) in enumerate(zip(common.colours_for(len(rows)), rows.items(), strict=True)):
-        middle, low, high = ([100 * one[name] for one in row.values()] for name in ("pass", "low", "high"))
-        style = {"color": colour, "marker": "osD^vPX"[i % 7], "markersize": 3.5}
-        axis.plot(list(row), middle, label=label, linestyle="-" if label[:8] != "ensemble" else "--", **style)
-        axis.fill_between(list(row), low, high, color=colour, alpha=0.12, linewidth=0)
-    axis.set_xscale("log", base=4)
-    ticks = [n for n in next(iter(rows.values())) if math.log(n, 4).is_integer()]
-    axis.set_xticks(ticks, [f"{n}" for n in ticks])
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("N (passes a theorem and model)")
-    axis.set_ylabel("theorems proved (%)")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=7, loc="upper left")
-    return common.save_figure(figure, path)
-
-
 def save_proofs(path: Path, runs, theorems) -> Path:
     """A proof a theorem and model, in the format of LeanDojo's benchmark, for train_lean_step.py --extra."""
     import common
@@ -848,9 +818,7 @@ def save_proofs(path: Path, runs, theorems) -> Path:
                 theorem = known[result["id"]] | {"traced_tactics": steps}
                 lines[result["id"], *result["proof"]] = json.dumps(theorem)
     common.make_folder(path.parent)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in lines.values()))
-    partial.rename(path)
+    common.write_whole(path, "".join(line + "\n" for line in lines.values()))
     return path
 
 

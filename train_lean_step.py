@@ -46,11 +46,9 @@ def parse_arguments(argv=None, settings=None):
     what = parser.add_argument_group("what is trained on what")
     what.add_argument("--model", help="folder or hub name (paper: Qwen/Qwen2.5-Math-1.5B)")
     what.add_argument(
-        "--data", help="LeanDojo Benchmark 4's random/, or JSON lines of state, tactic (paper: the former)"
+        "--data", help="folder of LeanDojo Benchmark 4 (paper: its random split), or lines of state, tactic"
     )
-    what.add_argument(
-        "--extra", type=Path, nargs="+", default=[], metavar="FILE", help="proofs that prove.py has found"
-    )
+    what.add_argument("--extra", type=Path, nargs="+", default=[], help="proofs that prove.py has found")
     what.add_argument("--max-length", type=int, default=2048, help="tokens of a state and its tactic; longer: dropped")
     what.add_argument("--seed", type=int, default=0, help="order of the examples, and weights made from scratch")
     loss = parser.add_argument_group("the loss")
@@ -88,10 +86,8 @@ def parse_arguments(argv=None, settings=None):
     where.add_argument("--eval-steps", type=int, default=500, help="steps of val.json to measure p on, each epoch")
     parser.set_defaults(**settings or {})
     args = parser.parse_args(argv)
-    if args.level == "proof" and args.n_prime is None:
-        parser.error("--level proof takes --n-prime (paper: 4096) in place of --n-eff")
-    if args.level == "step" and args.n_prime is not None:
-        parser.error("--n-prime goes with --level proof; a step has --n-eff")
+    if (args.level == "proof") != (args.n_prime is not None):
+        parser.error("--level proof and --n-prime (paper: 4096) go together; a step has --n-eff")
     args.n_prime = args.n_eff if args.level == "step" else args.n_prime
     if not 1 <= args.n_prime < math.inf:
         parser.error(f"--n-eff and --n-prime must be numbers from 1 up, not {args.n_prime}")
@@ -289,7 +285,6 @@ def main(argv=None):
             found.index_add_(0, places, train(ids, len(ids), count, True, factor[places], last))
         return found
 
-    by_proof = args.level == "proof"
     refill = common.Refill(
         len(candidates),
         args.batch_size,
@@ -297,7 +292,7 @@ def main(argv=None):
         args.seed,
         processes,
         args.micro_batch_size,
-        backward_cost=math.inf if by_proof else 4 if args.gradient_checkpointing else 3,
+        backward_cost=math.inf if unit == "proof" else 4 if args.gradient_checkpointing else 3,
     )
     step, clipped, last_checkpoint, checkpoint_at = 0, 0, "none", sorted(args.checkpoint_at)
 
@@ -325,7 +320,7 @@ def main(argv=None):
             lr = args.lr * min(1, (step + 1) / max(args.warmup_steps, 1))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            how = (score_proofs, train_proofs) if by_proof else (score, train)
+            how = (score_proofs, train_proofs) if unit == "proof" else (score, train)
             done = refill.next_step(*how, lambda: common.discard_gradients(accelerator, optimizer))
             if done is None:
                 break

@@ -292,8 +292,8 @@ def test_bad_data(name, text, told, capsys, tmp_path):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--level", "proof"], "--level proof takes --n-prime (paper: 4096) in place of --n-eff"),
-        (["--n-prime", "64"], "--n-prime goes with --level proof"),
+        (["--level", "proof"], "--level proof and --n-prime (paper: 4096) go together"),
+        (["--n-prime", "64"], "--level proof and --n-prime (paper: 4096) go together"),
         (["--n-eff", "0.5"], "must be numbers from 1 up, not 0.5"),
         (["--level", "proof", "--n-prime", "nan"], "must be numbers from 1 up"),
         (["--factor-threshold", "1"], "must lie in [0, 1)"),

@@ -8,7 +8,7 @@
 Tactics, one a request, on the first goal (h, a, b: new names; t: a hypothesis or an application `h1 h2`):
     intro h …      exact t         apply t          constructor     left     right     exfalso     assumption
     have h := t    cases t (a proof of False)       obtain ⟨a, b⟩ := t       obtain a | b := t
-They do what Lean's do. Whatever else Lean takes is refused, even `constructor` for ∨ and a name in use (Lean: h✝).
+They do what Lean's do. Whatever else Lean takes is refused, even `constructor` for ∨, names in use and names unlike h1.
 
 A formula is an atom's name, "False", or (connective, left, right); ¬A is ("¬", A, "False"), the same to Lean as
 A → False. An atom is a hypothesis of type Prop. What makes no sense is a ValueError, until `Dojo` catches it.
@@ -21,7 +21,7 @@ from functools import cache
 from itertools import groupby
 
 TOKEN = re.compile(r"[A-Za-z][A-Za-z0-9_']*|:=|\S")
-KEYWORDS = "theorem Prop False intro exact apply constructor left right exfalso assumption have cases obtain"
+NAME = re.compile(r"[A-Za-z][0-9]*")
 PRECEDENCE = {"↔": 20, "→": 25, "∨": 30, "∧": 35}
 
 LeanError = namedtuple("LeanError", "error")
@@ -116,8 +116,8 @@ class Goal(namedtuple("Goal", "case hypotheses target")):
     def add(self, name, formula, without=None):
         """The goal with a new hypothesis, and without the term that is taken apart for it, if that is a hypothesis."""
         rest = {old: its for old, its in self.hypotheses.items() if [old] != without}
-        if not isinstance(name, str) or not name[0].isalpha() or name in KEYWORDS.split() or name in rest:
-            raise ValueError(f"'{name}' is not a name, or is in use")
+        if not isinstance(name, str) or not NAME.fullmatch(name) or name in rest:
+            raise ValueError(f"'{name}' is not a name as h1, or is in use")
         return self._replace(hypotheses={**rest, name: formula})
 
     def apply(self, tactic):
