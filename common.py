@@ -1186,7 +1186,8 @@ def start_ray():
         variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no process between the actor and its engine
         variables["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE"):
+        network = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE")
+        for name in (*network, "GITHUB_ACCESS_TOKEN", "CACHE_DIR", "DISABLE_REMOTE_CACHE", "TACTIC_CPU_LIMIT"):
             variables |= {name: os.environ[name]} if name in os.environ else {}
         address = os.environ.get("RAY_ADDRESS", "local")
         local = {"include_dashboard": False, "object_store_memory": 1 << 30} if address == "local" else {}
