@@ -863,7 +863,10 @@ def lines_in(path):
 def descendants(pid):
     import psutil
 
-    return psutil.Process(pid).children(recursive=True)
+    found = psutil.Process(pid).children(recursive=True)
+    return [
+        one for one in found if "agent" not in " ".join(one.cmdline()).lower()
+    ]  # Ray's, which leave when they notice
 
 
 def gone(processes, seconds=15):

@@ -185,9 +185,8 @@ def test_whole_proofs_whatever_the_micro_batch(micro_batch_size, data, proof_run
     assert_same_run(train(tmp_path / "run", *PROOF, *flags), proof_run)
 
 
-@pytest.mark.parametrize("zero", [0, 2])
-def test_whole_proofs_with_two_processes(zero, data, proof_run, tmp_path):
-    flags = [*TINY, *PROOF, "--data", data, "--max-steps", 8, "--epochs", 3, "--micro-batch-size", 3, "--zero", zero]
+def test_whole_proofs_with_two_processes(data, proof_run, tmp_path):
+    flags = [*TINY, *PROOF, "--data", data, "--max-steps", 8, "--epochs", 3, "--micro-batch-size", 3, "--zero", 2]
     done = run_script("train_lean_step.py", *flags, "--out", tmp_path / "run", processes=2)
     assert "from 2 processes" in done.stdout and "12 accepted proofs each" in done.stdout
     assert_same_run(tmp_path / "run", proof_run)
