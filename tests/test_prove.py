@@ -1,6 +1,7 @@
 """The proof search: what it estimates, what it costs, what Lean may do to it, and prove.py from start to table."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -863,10 +864,12 @@ def lines_in(path):
 def descendants(pid):
     import psutil
 
-    found = psutil.Process(pid).children(recursive=True)
-    return [
-        one for one in found if "agent" not in " ".join(one.cmdline()).lower()
-    ]  # Ray's, which leave when they notice
+    found = []
+    for one in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "agent" not in " ".join(one.cmdline()).lower():  # Ray's own agents leave when they notice
+                found.append(one)
+    return found
 
 
 def gone(processes, seconds=15):
