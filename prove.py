@@ -659,7 +659,6 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
     # in one call for all theorems in flight.
     inbox, waiting, lock = SimpleQueue(), iter(theorems), threading.Lock()
     progress = tqdm(total=len(theorems), unit="theorem", desc=label_of(checkpoint, times), mininterval=1)
-    not_started = []  # in a row
 
     def sample(theorem, block, walkers):
         answer = Future()
@@ -672,10 +671,7 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
                 result = prove_theorem(theorem, args.passes * times, args, lean, sample)
                 with lock:
                     common.append_json(path, result)
-                    progress.update()
-                    not_started[:] = [*not_started, result["message"]] if result["status"] == "not started" else []
-                    if len(not_started) == max(20, 2 * count):
-                        raise RuntimeError(f"{len(not_started)} theorems in a row did not start: {not_started[-1]}")
+                inbox.put(result)
             inbox.put(None)
         except BaseException as error:
             inbox.put(error)
@@ -704,21 +700,26 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
     try:
         for lean in crew:
             threading.Thread(target=work, args=[lean], daemon=True).start()
-        ended = 0
+        ended, failed = 0, 0  # threads; theorems in a row that did not start
         while ended < count:
             items = [inbox.get() for _ in range(max(1, inbox.qsize()))]
-            for error in items:
-                if isinstance(error, BaseException):
-                    raise error
+            for item in items:
+                if isinstance(item, BaseException):
+                    raise item
+                if isinstance(item, dict):
+                    progress.update()  # here alone: a thread that ends in it would keep its lock
+                    failed = failed + 1 if item["status"] == "not started" else 0
+                    if failed == max(20, 2 * count):
+                        raise RuntimeError(f"{failed} theorems in a row did not start: {item['message']}")
             ended += items.count(None)
-            if batch := [item for item in items if item]:
+            if batch := [item for item in items if isinstance(item, tuple)]:
                 answer_together(batch)
         with contextlib.suppress(ray.exceptions.RayError):  # what does not leave is killed below
             ray.get([lean.worker.leave.remote() for lean in crew], timeout=60)
     finally:
-        progress.close()
         sampler.shut_down()
         ray.shutdown()
+        progress.close()
 
 
 # ---- Estimates -------------------------------------------------------------------------------------------------------
