@@ -9,11 +9,10 @@ It minimises, over the steps i of the traced proofs, from proof state x[i] by ta
 
     ℓ_DCO^N_eff(x[i], y[i]) = -log(1 - (1 - p)^N_eff),   p = p̂(y[i]|x[i]),   with gradient   F(N_eff, p) ∇(-log p)
 
-so that no tactic becomes much likelier than 1/N_eff: N_eff is about the width of the search tree. --n-eff 1 is
-cross-entropy. A step with F < --factor-threshold is replaced by the next one of the stream. --level proof is the naive
-form, for a whole proof of k steps: F(N', Π_i p̂(y[i]|x[i])) times the proof's Σ_i -log p̂(y[i]|x[i]), --batch-size
-proofs a step. In --out it writes args.json, metrics.jsonl (a line a step), epochs.jsonl (a line an epoch) and
-epoch-<k>/, an ordinary Hugging Face checkpoint, for `prove.py`.
+so that no tactic becomes much likelier than 1/N_eff: about the width of the search tree. --n-eff 1 is cross-entropy. A
+step with F < --factor-threshold is replaced by the next one of the stream. --level proof is the naive form, for a whole
+proof: F(N', Π_i p̂(y[i]|x[i])) times the proof's Σ_i -log p̂(y[i]|x[i]). In --out it writes args.json, metrics.jsonl (a
+line a step), epochs.jsonl (a line an epoch) and epoch-<k>/, an ordinary Hugging Face checkpoint, for `prove.py`.
 """
 
 import argparse
