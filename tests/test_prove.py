@@ -662,6 +662,8 @@ def start_script(*arguments, **environment):
     """prove.py with a scripted model, in the background and in a process group of its own."""
     command = [sys.executable, "tests/scripted_prove.py", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Where the tests run as a shell's background job, Ctrl-C is ignored, and so it would be in the script.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True, **pipes)
 
 
