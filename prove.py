@@ -14,7 +14,7 @@ passes each have
 Passes in the same place of the search tree share its work: their next tactics are sampled in one request, and each
 distinct tactic is applied once, in a Lean process that a Ray worker keeps on a CPU core; vLLM samples for all theorems
 in flight. A place is a path, as equal texts need not be equal states. A pass counts if its own path, applied from the
-start in a fresh environment, proves the theorem without sorry, admit or native_decide.
+start in a fresh environment (one for all of a theorem's proofs), proves it without sorry, admit or native_decide.
 
 A theorem's time (--time-limit) is that of its own tactics and its share of sampling, never waiting. It is looked at
 between blocks of --block passes, so that slow passes are not left out: see `unbiased_pass_at_n`. The paper's number
