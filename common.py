@@ -5,6 +5,7 @@ Symbols as in the paper: x a problem, y its answer, p = p̂(y|x) the probability
 end-of-sequence token included; N samples at test time, N' in the training loss."""
 
 import atexit
+import copy
 import hashlib
 import json
 import logging
@@ -16,22 +17,27 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter, namedtuple
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 
 import accelerate
 import numpy as np
+import psutil
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
+from tqdm import tqdm
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 
@@ -393,13 +399,22 @@ class Refill:
         self.size, self.batch_size, self.accept, self.seed = size, batch_size, accept, seed
         self.processes, self.micro_batch_size, self.k = processes, micro_batch_size, backward_cost
         self.epoch, self.position, self.order, self.leftovers = 0, 0, [], []
+        self.steps, self.used = 0, 0  # of this epoch: steps made, examples in them
         self.recent = (1, 1)  # accepted, candidates of the step before
 
     def start_epoch(self, last: bool):
-        self.epoch, self.position, self.last_epoch = self.epoch + 1, 0, last
+        self.epoch, self.position, self.last_epoch, self.steps, self.used = self.epoch + 1, 0, last, 0, 0
         generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", self.epoch))
         permutation = torch.randperm(self.size, generator=generator).tolist()
         self.order, self.leftovers = list(dict.fromkeys(self.leftovers + permutation)), []
+
+    def state_dict(self) -> dict:
+        """Its place in the stream, for JSON; `load_state_dict` goes on from there."""
+        names = ("epoch", "position", "order", "leftovers", "steps", "used", "recent", "last_epoch")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict):
+        vars(self).update(state)
 
     def next_step(self, score, train, discard) -> Step | None:
         """Compute the gradients of the next step; None at the end of the epoch.
@@ -407,6 +422,8 @@ class Refill:
         train(ids, room, count, chosen) -> values [len(ids)]: adds the gradients of the mean over `count` examples, from
             all `ids` if chosen, else from the first `room` accepted. The call that fills `room` is the step's last.
         discard() throws away the gradients added so far."""
+        if self.position == len(self.order):
+            return None
         values, trained, start = [], 0, self.position
         accepted = [] if self.accept else self.order[start : start + self.batch_size]
         self.position += len(accepted)
@@ -433,6 +450,7 @@ class Refill:
         for i in range(trained, len(accepted), round_size):
             found = train(accepted[i : i + round_size], len(accepted) - i, len(accepted), chosen=True)
             values += [] if self.accept else [found]
+        self.steps, self.used = self.steps + bool(accepted), self.used + len(accepted)
         return Step(accepted, candidates, torch.cat(values)[:candidates]) if accepted else None
 
     def straight_pays(self, room, rate):
@@ -718,20 +736,26 @@ def read_record(checkpoint: str) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def zero_config(stage: int, clip: float, micro_batch_size: int) -> dict:
+def zero_config(stage: int, clip: float, micro_batch_size: int, offload: bool) -> dict:
     """The whole DeepSpeed configuration: gradients and optimizer states (stage 2), or weights as well (stage 3), are
-    split over the processes. On GPUs the weights are bf16, and their float32 masters are among the optimizer states."""
+    split over the processes. On GPUs the weights are bf16, and their float32 masters are among the optimizer states.
+    offload: with stage 3, gradients and optimizer states are in the main memory, where the update is made."""
+    cuda = torch.cuda.is_available()
+    offloaded = {"offload_optimizer": {"device": "cpu", "pin_memory": cuda}} if offload else {}
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,  # it wants one; nothing here depends on it
         "gradient_accumulation_steps": 1,  # `backward` says which call is a step's last one
         "gradient_clipping": clip,
-        "bf16": {"enabled": torch.cuda.is_available()},
+        "bf16": {"enabled": cuda},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW stays: the same update, and no compiler needed
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True} | offloaded,
     }
 
 
-def make_accelerator(report_to="none", out=None, zero=0, clip=1.0, micro_batch_size=1, patience_minutes=30):
+def make_accelerator(
+    report_to="none", out=None, zero=0, clip=1.0, micro_batch_size=1, patience_minutes=60, offload=False
+):
     """The Accelerator, and a check that as many processes met as were launched: apart, they would train apart.
     patience_minutes: how long a process waits for the others before it gives up."""
     cuda, launched = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
@@ -748,7 +772,7 @@ def make_accelerator(report_to="none", out=None, zero=0, clip=1.0, micro_batch_s
     settings = {"log_with": None if report_to == "none" else report_to, "project_dir": out}
     settings |= {"mixed_precision": "bf16" if cuda else "no", "cpu": not cuda and not zero}  # cpu rules DeepSpeed out
     if zero:
-        settings["deepspeed_plugin"] = accelerate.DeepSpeedPlugin(zero_config(zero, clip, micro_batch_size))
+        settings["deepspeed_plugin"] = accelerate.DeepSpeedPlugin(zero_config(zero, clip, micro_batch_size, offload))
     if launched > 1:  # without it, DeepSpeed's processes on a CPU each believe that they are alone
         together = {"backend": "nccl" if cuda else "gloo", "timeout": timedelta(minutes=patience_minutes)}
         settings["kwargs_handlers"] = [accelerate.InitProcessGroupKwargs(**together)]
@@ -758,6 +782,8 @@ def make_accelerator(report_to="none", out=None, zero=0, clip=1.0, micro_batch_s
         refuse(f"accelerate is set up for {kind}: these scripts take plain DDP, or --zero 2 or 3")
     if accelerator.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched, but this one sees {accelerator.num_processes}")
+    if launched > 1:  # over Gloo: waiting in NCCL would keep the GPUs busy, which engines need
+        on_main.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=2 * patience_minutes))
     return accelerator
 
 
@@ -872,8 +898,6 @@ def on_main(accelerator, compute, *inputs):
     """compute(*inputs) on the main process, once all have come so far; its result on all. What it raises ends all."""
     if accelerator.num_processes == 1:
         return compute(*inputs)
-    if not hasattr(on_main, "group"):  # over Gloo: waiting in NCCL would keep the GPUs busy, which engines need
-        on_main.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
     torch.distributed.barrier(on_main.group)
     outcome = [None, True]  # the result, and whether there is none
     try:
@@ -901,14 +925,16 @@ def process_group(store, name: str, device: str, rank: int, size: int, minutes: 
 RUN_FILES = ("args.json", "metrics.jsonl", "epochs.jsonl", "state", "epoch-*", "step-*")
 
 
-def check_out(out: Path, overwrite: bool):
-    """Refuse to write into a run that is there already."""
+def check_out(out: Path, overwrite: bool, resume: bool = False):
+    """Refuse to write into a run that is there already, unless it is to be replaced or resumed."""
+    if overwrite and resume:
+        refuse("--overwrite begins anew and --resume goes on: choose one of them")
     if out.exists() and not out.is_dir():
         refuse(f"--out {out} is a file")
     found = [path for name in RUN_FILES for path in out.glob(name)]
-    if found and not overwrite:
-        refuse(f"--out {out} holds a run already ({found[0].name}): choose another folder, or --overwrite")
-    for path in found:
+    if found and not overwrite and not resume:
+        refuse(f"--out {out} holds a run already ({found[0].name}): choose another folder, --resume or --overwrite")
+    for path in found if overwrite else []:
         if path.name not in RUN_FILES and not (path / "dco.json").is_file() and path.suffix != ".partial":
             refuse(f"--out {out}: {path.name} is no checkpoint, and --overwrite would not keep it: move it away")
     ancestor = next(path for path in out.absolute().parents if path.exists())
@@ -924,11 +950,14 @@ def make_folder(out: Path):
 
 
 def start_out(out: Path, args: dict):
-    """Remove what an earlier run left in `out` and nothing else (`check_out` has asked); write args.json."""
+    """Remove what an earlier run left in `out` and nothing else (`check_out` has asked), unless it is resumed; write
+    args.json."""
     make_folder(out)
+    if args["resume"] and (out / "args.json").exists():
+        return
     for old in [path for name in (*RUN_FILES, "engine-*.log") for path in out.glob(name)]:
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
-    (out / "args.json").write_text(json.dumps(args, indent=2, default=str) + "\n")
+    write_whole(out / "args.json", json.dumps(args, indent=2, default=str) + "\n")
 
 
 def write_whole(path: Path, text: str):
@@ -976,12 +1005,383 @@ def save_checkpoint(accelerator, model, tokenizer, folder: Path, record: dict):
         if accelerator.mixed_precision == "bf16":
             cast = {}  # tied weights stay one tensor
             state = {name: cast.setdefault(t.data_ptr(), t.to(torch.bfloat16)) for name, t in state.items()}
-        unwrapped.save_pretrained(partial, state_dict=state)
-        tokenizer.save_pretrained(partial)
-        (partial / "dco.json").write_text(json.dumps(record) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with writing(folder):
+            unwrapped.save_pretrained(partial, state_dict=state)
+            tokenizer.save_pretrained(partial)
+            (partial / "dco.json").write_text(json.dumps(record) + "\n")
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
     accelerator.wait_for_everyone()
+
+
+# ---- Training: what the four scripts do alike around their losses ----------------------------------------------------
+def size_text(count: float) -> str:
+    unit = next(unit for unit in (2**40, 2**30, 2**20) if count >= unit or unit == 2**20)
+    return f"{count / unit:.1f} {'MGT'[(unit.bit_length() - 21) // 10]}iB"
+
+
+def bytes_of_activations(config, dtype, sequences: int, tokens: int, checkpointing: bool) -> int:
+    """What autograd keeps of a micro-batch until its backward, logits apart: counted on models of one and two layers
+    whose tensors have no storage. With checkpointing: the layers' inputs, and all of one layer."""
+
+    def kept(layers, checkpointing):
+        config.num_hidden_layers, found = layers, {}
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        ids = torch.zeros(sequences, tokens, dtype=torch.long)
+        batch = {"input_ids": ids, "attention_mask": ids + 1, "position_ids": ids.cumsum(1)}
+        batch |= {"completion_ids": ids[:, :1], "completion_mask": ids[:, :1] == 0}
+
+        def keep(tensor):
+            found[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            completion_log_probs(model, batch)
+        return sum(tensor.untyped_storage().nbytes() for key, tensor in found.items() if key not in own)
+
+    config, layers = copy.deepcopy(config), config.num_hidden_layers
+    with FakeTensorMode():
+        one, two = kept(1, False), kept(2, False)
+        if not checkpointing:
+            return one + (layers - 1) * (two - one)
+        return one + (layers - 1) * (kept(2, True) - kept(1, True))
+
+
+def plan_memory(args, prompt: int, completion: int, sequences: int, scored: int, engine: float, checkpoints: int):
+    """Say what the run will take of each GPU and of the disk, before anything is loaded, and choose --zero where it was
+    left open. --dry-run ends here. prompt, completion: tokens of the longest. sequences, scored: how many a process
+    computes at once with and without gradient. engine: vLLM's share of a GPU. checkpoints: how many will be written."""
+    cuda, count = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+    memory = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total / count
+    if args.dry_run and args.dry_run != "here":
+        if not (asked := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.dry_run)):
+            refuse(f"--dry-run takes GPUS x GB, as in 8x80, or nothing; not {args.dry_run}")
+        cuda, count, memory = True, int(asked[1]), int(asked[2]) << 30
+    config, dtype = load_config(args.model), torch.bfloat16 if cuda else torch.float32
+    with torch.device("meta"):
+        n = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+    shape = (config, dtype, sequences, prompt + completion, args.gradient_checkpointing)
+    activations = bytes_of_activations(*shape)
+    # Of each number in training: the model's, its float32 copy, and on the way back three more of those at a time.
+    logits = config.vocab_size * (completion + 1) * max(20 * sequences, 10 * scored)
+
+    def parts(zero):
+        split, byte = count if zero else 1, 2 if zero and cuda else 4
+        found = {"weights": n * byte / (count if zero == 3 else 1), "gradients": n * 4 / split}
+        found["optimizer states"] = n * (12 if zero else 8) / split  # two moments; with ZeRO float32 masters as well
+        # DeepSpeed has two buckets of up to 5e8 numbers, and in stage 3 gathers up to 1e9 weights at a time; DDP copies
+        # the gradients to reduce them, and autocast makes bf16 copies of the weights.
+        found["buffers"] = 2 * byte * min(n, 5e8) + byte * min(n, 1e9) * (zero == 3)
+        if not zero:
+            found["buffers"] = n * (4 * (count > 1) + 2 * cuda)
+        if args.offload:
+            found |= {"gradients": 0, "optimizer states": 0}
+        return found | {"activations": activations, "logits": logits, "engine": engine * memory}
+
+    def fits(zero):
+        return sum(parts(zero).values()) < 0.95 * memory
+
+    if args.zero is None:
+        args.zero = 3 if args.offload else 0 if count == 1 or not cuda else 2 if fits(2) else 3
+    found, enough = parts(args.zero), fits(args.zero)
+    state, checkpoint = n * (12 if not args.zero else 14 if cuda else 16), n * (2 if cuda else 4)
+    disk = 2 * state + checkpoints * checkpoint
+    free = shutil.disk_usage(next(path for path in args.out.absolute().parents if path.exists())).free
+    if os.environ.get("RANK", "0") == "0":
+        sizes = ", ".join(f"{name} {size_text(size)}" for name, size in found.items() if size)
+        offloaded = f"\n          and {size_text(16 * n / count)} of the main memory a process" if args.offload else ""
+        print(
+            f"  memory  {count} {'GPUs' if cuda else 'processes'} of {size_text(memory)}, ZeRO-{args.zero}, about "
+            f"{size_text(sum(found.values()))} of each: {'fits' if enough else 'DOES NOT FIT'}\n"
+            f"          {sizes}{offloaded}\n"
+            f"  disk    two states of {size_text(state)}, {checkpoints} checkpoints of {size_text(checkpoint)}: "
+            f"{size_text(disk)}, {size_text(free)} free{'' if disk < free else ', NOT ENOUGH'}",
+            flush=True,
+        )
+    if args.dry_run:
+        raise SystemExit(0 if enough and disk < free else 1)
+
+
+def prepare_training(args, tokenizer, accelerator):
+    """-> (model, optimizer, the model in words)."""
+    # Without ZeRO the weights are float32 and computed with in bf16; with it, DeepSpeed keeps the float32 masters.
+    dtype = torch.bfloat16 if args.zero and accelerator.device.type == "cuda" else torch.float32
+    model, scratch = load_model(args.model, tokenizer, dtype, args.seed, accelerator)
+    model.train()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    args.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: split by stage 3
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, tuple(args.betas), weight_decay=args.weight_decay)
+    origin = "from scratch, since its folder holds no weights" if scratch else "pretrained"
+    about = f"{args.model}: {args.parameters:,} parameters, {origin}, {accelerator.device}"
+    return *accelerator.prepare(model, optimizer), about
+
+
+def begin_run(args, accelerator, loss: str, model: str, data: str, step: str, micro_batch: str):
+    """Say what is about to happen, and make the run's folder. The texts: see the scripts."""
+    processes, most = accelerator.num_processes, f", at most {args.max_steps} steps" if args.max_steps else ""
+    accelerator.print(
+        f"{loss}\n"
+        f"  model   {model}\n"
+        f"  data    {args.data}: {data}\n"
+        f"  steps   {step} each, from {processes} process{'es' if processes > 1 else ''} "
+        f"{f'(ZeRO-{args.zero}) ' if args.zero else ''}x micro-batches of {micro_batch}, {args.epochs} epochs{most}\n"
+        f"  AdamW   lr {args.lr:g} after {args.warmup_steps} steps, betas {tuple(args.betas)}, "
+        f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}\n"
+        f"  out     {args.out}, with a state to --resume from every {args.save_every} steps"
+    )
+    if is_example(args.model):
+        accelerator.print("  (the settings of the embedded experiment, not the paper's, unless given by flags)")
+    if accelerator.is_main_process:
+        start_out(args.out, vars(args))
+    if args.report_to != "none":
+        accelerator.init_trackers("dco", config={name: str(value) for name, value in vars(args).items()})
+    accelerator.wait_for_everyone()
+
+
+def end_epoch(args, accelerator, refill: Refill, step: int, started: float, measured: dict):
+    """A line of epochs.jsonl, one on the terminal. measured: pass@N and confidence on the test split, or nothing."""
+    summary = {"epoch": refill.epoch, "step": step, "steps": refill.steps, "used": refill.used}
+    summary |= {"candidates": refill.position, "carried_over": len(refill.leftovers)}
+    summary |= {"seconds": time.perf_counter() - started} | measured
+    if accelerator.is_main_process:
+        append_json(args.out / "epochs.jsonl", summary)
+        shown = "".join(f"  {name} {100 * value:.1f}" for name, value in measured.items() if "pass@" in name)
+        confidences = [f"  {name.replace('_', ' ')} {measured[name]:.3f}" for name in measured if "confidence" in name]
+        rejected = refill.position - refill.used - len(refill.leftovers)
+        counted = f"{refill.steps} steps on {refill.used} of {refill.position} candidates, {rejected} rejected"
+        counted += f", {len(refill.leftovers)} carried over" if refill.leftovers else ""
+        shown = "  |".join(["", shown + "".join(confidences)] if shown else [""])
+        tqdm.write(f"epoch {refill.epoch}/{args.epochs}: {counted}{shown}")
+    accelerator.log({name: value for name, value in summary.items() if name != "epoch"}, step=step)
+
+
+# ---- State: a run goes on after a kill at any instant ----------------------------------------------------------------
+# What --resume may change: where a run is kept, how far it goes, how much it does at once. All else must be the same.
+FREE = ["out", "overwrite", "resume", "save_every", "grace", "patience", "dry_run", "report_to", "show_every"]
+FREE += ["max_steps", "micro_batch_size", "tokens_per_micro_batch", "gradient_checkpointing"]
+FREE += ["gpu_memory", "gpus_per_engine"]
+
+
+def check_resume(args, examples: list[Example]):
+    """Note in `args` how many processes and which examples there are; refuse to resume a run that had others, or other
+    arguments."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.array([example.id, *example.prompt_ids, -1, *example.completion_ids]).tobytes())
+    args.processes, args.digest = int(os.environ.get("WORLD_SIZE", 1)), digest.hexdigest()
+    path = args.out / "args.json"
+    if args.resume and path.is_file():
+        now, then = json.loads(json.dumps(vars(args), default=str)), json.loads(path.read_text())
+        for name in now.keys() - FREE:
+            if now[name] != then.get(name):
+                own = {"digest": "a digest of the examples in --data", "processes": "the number of processes"}
+                named = own.get(name, f"--{name.replace('_', '-')}")
+                refuse(f"--resume: {named} was {then.get(name)}, as {path} says, and is {now[name]} now")
+
+
+class NotWritten(RuntimeError):
+    """A state or a checkpoint that could not be written, most likely since the disk is full."""
+
+
+@contextmanager
+def writing(folder: Path):
+    """What goes wrong in writing `folder` becomes one clear error."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if is_of_the_group(error):
+            raise
+        free = shutil.disk_usage(folder.parent).free
+        why = f"{folder} cannot be written ({first_line(error)[:200]}); the disk has {size_text(free)} left"
+        raise NotWritten(why) from error
+
+
+def is_of_the_group(error: BaseException) -> bool:
+    """Whether it is another process of the group that failed, or that has not come to a collective in time."""
+    told = re.search(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|[Tt]imed? ?out waiting", str(error))
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and bool(told))
+
+
+class TrainingState:
+    """All that a run needs to go on: weights, optimizer and random states as accelerate and DeepSpeed save them, the
+    place in the stream, counters. It is written to <out>/state/step-<k>.partial and renamed when it is whole; only then
+    the one before is removed. What ends a run before its time is told here as well, once for all its processes."""
+
+    def __init__(self, args, accelerator, refill: Refill):
+        self.args, self.accelerator, self.refill = args, accelerator, refill
+        self.folder, self.step, self.saved = args.out / "state", 0, None
+        self.signal, self.leaving, self.abandoned, self.evaluating = 0, False, False, False
+
+    def states(self) -> list[Path]:
+        """The whole ones, the newest last. There are two for a moment, or after a kill in that moment."""
+        return sorted(self.folder.glob("step-*[0-9]"), key=lambda path: int(path.name[5:]))
+
+    def restore(self) -> tuple[int, int, str]:
+        """With --resume, return to the last state, if there is one. -> its step, how many steps were clipped, the last
+        checkpoint."""
+        if not (self.args.out / "args.json").is_file():
+            raise RuntimeError(f"--out {self.args.out} of the main process is not seen here: use a disk that all share")
+        states = self.states() if self.args.resume else []
+        clipped, checkpoint = 0, "none"
+        if states:
+            self.accelerator.print(f"resuming from {states[-1]}", flush=True)
+            self.step, clipped, checkpoint, place = json.loads((states[-1] / "place.json").read_text())
+            self.refill.load_state_dict(place)
+            self.load(states[-1])
+            self.saved = self.step
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            for left in [*self.args.out.glob("*.partial"), *self.folder.glob("*.partial"), self.folder / "ended"]:
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            self.folder.mkdir(exist_ok=True)
+            for name, field, last in (("metrics", "step", self.step), ("epochs", "epoch", self.refill.epoch - 1)):
+                path = self.args.out / f"{name}.jsonl"
+                lines = [json.dumps(line) + "\n" for line in read_whole_lines(path) if line[field] <= last]
+                if path.exists():
+                    write_whole(path, "".join(lines))
+        self.accelerator.wait_for_everyone()
+        sys.excepthook = self.tell
+        return self.step, clipped, checkpoint
+
+    def load(self, folder: Path):
+        """By unpickling tensors and DeepSpeed's few own classes, and nothing else."""
+        if self.accelerator.distributed_type.value != "DEEPSPEED":
+            return self.accelerator.load_state(folder)
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        engine = self.accelerator.deepspeed_engine_wrapped.engine
+        engine.checkpoint_engine.load = partial(torch.load, weights_only=True)
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            self.accelerator.load_state(folder)
+
+    def save(self, step: int, clipped: int, checkpoint):
+        """Called on all processes."""
+        self.step = step
+        if self.saved == step:
+            return
+        folder, main = self.folder / f"step-{step}", self.accelerator.is_main_process
+        unfinished = folder.with_name(folder.name + ".partial")
+        with writing(folder):
+            if main:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(unfinished)
+            self.accelerator.wait_for_everyone()
+            if main:
+                place = [step, clipped, str(checkpoint), self.refill.state_dict()]
+                (unfinished / "place.json").write_text(json.dumps(place))
+                for path in filter(Path.is_file, unfinished.rglob("*")):
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())  # a node may go down as well
+                unfinished.rename(folder)
+                for old in self.states()[:-1]:
+                    shutil.rmtree(old)
+            self.accelerator.wait_for_everyone()
+        self.saved = step
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, from the one under way."""
+        for epoch in range(max(1, self.refill.epoch), self.args.epochs + 1):
+            if self.refill.epoch < epoch:
+                self.refill.start_epoch(last=epoch == self.args.epochs)
+            self.evaluating = False
+            yield epoch
+
+    def end_step(self, step: int, clipped: int, checkpoint):
+        """Save where --save-every says so, or where a signal has come to any of the processes, which then all leave."""
+        self.step, own = step, torch.tensor([self.signal], device=self.accelerator.device)
+        number = self.accelerator.gather(own).max().item()
+        self.leaving = number > 0
+        if number or step % self.args.save_every == 0:
+            self.save(step, clipped, checkpoint)
+        if number:
+            self.say(f"stopped by {signal.Signals(number).name} after step {step}")
+            end(self.accelerator)
+            raise SystemExit(128 + number)  # as if killed by it: a scheduler is not to take it for completion
+
+    def end_epoch(self, step: int, clipped: int, checkpoint):
+        """Save; what comes now, until the next epoch, can be done again from here and need not be waited for."""
+        self.save(step, clipped, checkpoint)
+        self.evaluating = True
+
+    def watch_signals(self):
+        """From now on SIGTERM and SIGINT (Ctrl-C) let the step under way end, if it does within --grace seconds."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing)  # is told of a signal also while the main thread waits in a collective
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.leave_if_abandoned)
+        threading.Thread(target=self.wait_for_signals, args=[reading], daemon=True).start()
+
+    def leave_if_abandoned(self, number, frame):
+        if self.abandoned:
+            raise SystemExit(128 + self.signal)
+
+    def wait_for_signals(self, reading):
+        while True:
+            number = os.read(reading, 1)[0]
+            if number in (signal.SIGTERM, signal.SIGINT) and not self.signal:
+                self.signal = number
+                after(0 if self.evaluating else self.args.grace, self.abandon)
+
+    def abandon(self):
+        """Leave the step as it is, unless it has ended and the state is being written."""
+        if self.leaving:
+            return
+        self.abandoned, name = True, signal.Signals(self.signal).name
+        what = "the evaluation was" if self.evaluating else f"step {self.step + 1} took more than --grace and was"
+        self.say(f"stopped by {name}: {what} abandoned")
+        after(10, self.kill, 128 + self.signal)
+        os.kill(os.getpid(), self.signal)  # to `leave_if_abandoned`, if the main thread is not stuck in a collective
+
+    def tell(self, kind, error, trace):
+        """What ends the script by an exception ends here (sys.excepthook)."""
+        after(20, self.kill, 1)  # the interpreter may wait for a group that is no more
+        why = f"{kind.__name__}: {first_line(error)[:300]}"
+        if is_of_the_group(error):
+            why = "a process of the group has died, or has kept the others waiting for more than --patience "
+            why += f"{self.args.patience:g} minutes ({first_line(error)[:200]})"
+        elif kind is NotWritten:
+            why = first_line(error)
+        else:
+            sys.__excepthook__(kind, error, trace)
+        if kind is torch.OutOfMemoryError:
+            why += ". A smaller micro-batch, --gradient-checkpointing or a higher --zero take less memory"
+        self.say(f"step {self.step + 1}: {why}")
+
+    def say(self, why: str):
+        """One clear message for all processes: from the first that has something to say."""
+        states = self.states()
+        kept = f"the last state is {states[-1]}" if states else "no state was written so far"
+        told = f"{why}; {kept}. The same command with --resume goes on from there"
+        try:
+            with open(self.folder / "ended", "x") as file:
+                file.write(told + "\n")
+        except FileExistsError:
+            return
+        except OSError as error:  # where nothing can be written, each process says it
+            told += f" ({error.strerror})"
+        print(f"\nerror: {told}", file=sys.stderr, flush=True)
+
+    def kill(self, code: int):
+        """Leave no process behind."""
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        os._exit(code)
+
+
+def after(seconds: float, call, *inputs):
+    timer = threading.Timer(seconds, call, inputs)
+    timer.daemon = True
+    timer.start()
 
 
 # ---- Engines: what samples, in training and in evaluation ------------------------------------------------------------
@@ -1191,8 +1591,10 @@ def start_ray():
             variables |= {name: os.environ[name]} if name in os.environ else {}
         address = os.environ.get("RAY_ADDRESS", "local")
         local = {"include_dashboard": False, "object_store_memory": 1 << 30} if address == "local" else {}
+        before = signal.getsignal(signal.SIGTERM)
         ray.init(address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": variables}, **local)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a launcher ends this process: see to the rest first
+        # Ray has put its own there. A launcher ends this process: see to the rest first.
+        signal.signal(signal.SIGTERM, (lambda *_: sys.exit(143)) if before is signal.SIG_DFL else before)
     return ray
 
 
@@ -1282,4 +1684,5 @@ def spawn_engines(args, accelerator, tokenizer, max_length: int, model):
     if gpus is None:  # App. B: an engine on each pair of GPUs for 8B on 80 GB
         large = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) > 6.5e9
         gpus = 2 if large and torch.cuda.get_device_properties(0).total_memory < 100e9 else 1
-    return VLLMEngines(accelerator, args.model, tokenizer, max_length, args.out, model, args.gpu_memory, gpus)
+    how = (args.gpu_memory, gpus, args.patience)
+    return VLLMEngines(accelerator, args.model, tokenizer, max_length, args.out, model, *how)

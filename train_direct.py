@@ -62,11 +62,17 @@ def parse_arguments(argv=None, settings=None):
     how.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW's")
     how.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's")
     how.add_argument("--clip", type=float, default=1.0, help="largest norm of a step's gradient")
-    how.add_argument("--zero", type=int, choices=[0, 2, 3], help="DeepSpeed ZeRO stage (default: 2 with several GPUs)")
+    how.add_argument("--zero", type=int, choices=[0, 2, 3], help="DeepSpeed ZeRO (default: 0, several GPUs 2 or 3)")
+    how.add_argument("--offload", action="store_true", help="with ZeRO-3: optimizer states in the main memory")
     how.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more computing")
     where = parser.add_argument_group("what is written")
     where.add_argument("--out", type=Path, help="default: runs/direct-n<N'>")
     where.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    where.add_argument("--resume", action="store_true", help="go on with the run that --out holds, if it holds one")
+    where.add_argument("--save-every", type=int, default=100, help="steps from a state for --resume to the next")
+    where.add_argument("--grace", type=float, default=20, help="seconds that a step may take after SIGTERM or Ctrl-C")
+    where.add_argument("--patience", type=float, default=60, help="minutes to wait for other processes or an engine")
+    where.add_argument("--dry-run", nargs="?", const="here", metavar="8x80", help="say what it would take, and stop")
     where.add_argument("--report-to", default="none", choices=["none", "tensorboard", "wandb"])
     where.add_argument(
         "--checkpoint-at",
@@ -82,7 +88,7 @@ def parse_arguments(argv=None, settings=None):
         parser.error(f"--n-prime must be a number from 1 up, not {args.n_prime}")
     if not 0 <= args.factor_threshold < 1:
         parser.error(f"--factor-threshold is a value of F and must lie in [0, 1), not {args.factor_threshold}")
-    for name in ("epochs", "max_steps", "batch_size", "micro_batch_size", "lr", "clip"):
+    for name in ("epochs", "max_steps", "batch_size", "micro_batch_size", "lr", "clip", "save_every", "patience"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if not all(0 < share < 1 for share in args.checkpoint_at):
@@ -107,7 +113,7 @@ def main(argv=None):
     args.model, args.data = model_name, data_name
 
     # Whatever can be refused is refused here, before any weights are loaded.
-    common.check_out(args.out, args.overwrite)
+    common.check_out(args.out, args.overwrite, args.resume)
     rows = {"train": common.load_problems(args.data, "train"), "test": common.load_problems(args.data, "test", False)}
     tokenizer = common.load_tokenizer(args.model)
     max_length = common.longest_context(args.model)
@@ -118,20 +124,15 @@ def main(argv=None):
         common.refuse(
             f"--data {args.data}: no problem is left; dropped: {dropped['train']} (of {max_length} positions)"
         )
-    if args.zero is None:
-        args.zero = 2 if torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
-    accelerator = common.make_accelerator(args.report_to, args.out, args.zero, args.clip, args.micro_batch_size)
+    longest = [max(len(getattr(one, ids)) for one in examples["train"]) for ids in ("prompt_ids", "completion_ids")]
+    shape = (args.micro_batch_size, 4 * args.micro_batch_size)
+    common.plan_memory(args, *longest, *shape, 0.0, args.epochs + len(args.checkpoint_at))
+    common.check_resume(args, examples["train"])
+    how = (args.zero, args.clip, args.micro_batch_size, args.patience, args.offload)
+    accelerator = common.make_accelerator(args.report_to, args.out, *how)
     processes, pad_id = accelerator.num_processes, common.pad_token_id(tokenizer)
 
-    # Without ZeRO the weights are float32 and computed with in bf16; with it, DeepSpeed keeps the float32 masters.
-    dtype = torch.bfloat16 if args.zero and accelerator.device.type == "cuda" else torch.float32
-    model, scratch = common.load_model(args.model, tokenizer, dtype, args.seed, accelerator)
-    model.train()
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: split by stage 3
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, tuple(args.betas), weight_decay=args.weight_decay)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer, about_model = common.prepare_training(args, tokenizer, accelerator)
 
     # What a checkpoint has to say about itself, for evaluation: the longest answer of the data fits into a sample.
     max_new_tokens = max(len(example.completion_ids) for part in examples.values() for example in part)
@@ -146,26 +147,16 @@ def main(argv=None):
     loss_name = (
         "cross-entropy" if args.n_prime == 1 else f"DCO with N' = {args.n_prime:g}, F >= {args.factor_threshold}"
     )
-    accelerator.print(
-        f"{loss_name}, NLL {args.nll} over the tokens\n"
-        f"  model   {args.model}: {parameters:,} parameters, "
-        f"{'from scratch, since its folder holds no weights' if scratch else 'pretrained'}, {accelerator.device}\n"
-        f"  data    {args.data}: {len(examples['train']):,} to train on (dropped: {dropped['train'] or 'none'}), "
-        f"{len(examples['test']):,} to test (dropped: {dropped['test'] or 'none'}), template {args.template}\n"
-        f"  steps   {args.batch_size} accepted examples each, from {processes} process{'es' if processes > 1 else ''} "
-        f"{f'(ZeRO-{args.zero}) ' if args.zero else ''}"
-        f"x micro-batches of {args.micro_batch_size}, {args.epochs} epochs{', at most' if args.max_steps else ''} "
-        f"{f'{args.max_steps} steps' if args.max_steps else ''}\n"
-        f"  AdamW   lr {args.lr:g} after {args.warmup_steps} steps, betas {tuple(args.betas)}, "
-        f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}\n"
-        f"  out     {args.out}"
+    common.begin_run(
+        args,
+        accelerator,
+        f"{loss_name}, NLL {args.nll} over the tokens",
+        about_model,
+        f"{len(examples['train']):,} to train on (dropped: {dropped['train'] or 'none'}), "
+        f"{len(examples['test']):,} to test (dropped: {dropped['test'] or 'none'}), template {args.template}",
+        f"{args.batch_size} accepted examples",
+        f"{args.micro_batch_size}",
     )
-    if common.is_example(args.model):
-        accelerator.print("  (the settings of the embedded experiment, not the paper's, unless given by flags)")
-    if accelerator.is_main_process:
-        common.start_out(args.out, vars(args) | {"processes": processes, "parameters": parameters})
-    if args.report_to != "none":
-        accelerator.init_trackers("dco", config={name: str(value) for name, value in vars(args).items()})
 
     def accept(log_p):
         return common.dco_factor(log_p, args.n_prime) >= args.factor_threshold
@@ -220,7 +211,9 @@ def main(argv=None):
         args.micro_batch_size,
         backward_cost=4 if args.gradient_checkpointing else 3,
     )
-    step, clipped, last_checkpoint, checkpoint_at = 0, 0, "none", sorted(args.checkpoint_at)
+    state = common.TrainingState(args, accelerator, refill)
+    step, clipped, last_checkpoint = state.restore()
+    checkpoint_at = [share for share in sorted(args.checkpoint_at) if refill.position < share * len(examples["train"])]
 
     def save(name, **more):
         nonlocal last_checkpoint
@@ -238,9 +231,9 @@ def main(argv=None):
         disable=not accelerator.is_local_main_process,
         mininterval=1,
     )
-    for epoch in range(1, args.epochs + 1):
-        refill.start_epoch(last=epoch == args.epochs)
-        epoch_started, first_step, epoch_used = time.perf_counter(), step, 0
+    state.watch_signals()
+    for epoch in state.epochs():
+        epoch_started = time.perf_counter()
         while args.max_steps is None or step < args.max_steps:
             step_started = time.perf_counter()
             lr = args.lr * min(1, (step + 1) / max(args.warmup_steps, 1))
@@ -258,7 +251,7 @@ def main(argv=None):
             optimizer.step()
             optimizer.zero_grad()
 
-            step, clipped, epoch_used = step + 1, clipped + (grad_norm > args.clip), epoch_used + len(done.ids)
+            step, clipped = step + 1, clipped + (grad_norm > args.clip)
             seconds = time.perf_counter() - step_started
             seen = refill.order[refill.position - done.candidates : refill.position]
             metrics = {
@@ -289,32 +282,17 @@ def main(argv=None):
             share_of_epoch = epoch - 1 + refill.position / len(refill.order)
             progress.update(round(share_of_epoch * len(examples["train"])) - progress.n)
             save_shares_of_first_epoch()
+            state.end_step(step, clipped, last_checkpoint)
 
         finished = refill.position == len(refill.order)
         save_shares_of_first_epoch()
+        state.end_epoch(step, clipped, last_checkpoint)
         save(f"epoch-{epoch}" if finished else f"step-{step}", epoch=epoch)
-        summary = {
-            "epoch": epoch,
-            "step": step,
-            "steps": step - first_step,
-            "used": epoch_used,
-            "candidates": refill.position,
-            "carried_over": len(refill.leftovers),
-            "seconds": time.perf_counter() - epoch_started,
-        }
+        measured = {}
         if examples["test"] and args.template == "direct":  # p of a whole solution is not p of its answer
             how = (accelerator, max_new_tokens, 8 * args.micro_batch_size, (1, 16, 256, 4096))
-            summary |= common.exact_summary(model, tokenizer, examples["test"], *how)
-        if accelerator.is_main_process:
-            common.append_json(args.out / "epochs.jsonl", summary)
-            measured = "".join(f"  {name} {100 * value:.1f}" for name, value in summary.items() if "pass@" in name)
-            if measured:
-                measured = f"  |{measured}  greedy confidence {summary['greedy_confidence']:.3f}"
-            rejected = refill.position - epoch_used - len(refill.leftovers)
-            counted = f"{summary['steps']} steps on {epoch_used} of {refill.position} candidates, {rejected} rejected"
-            counted += f", {len(refill.leftovers)} carried over" if refill.leftovers else ""
-            tqdm.write(f"epoch {epoch}/{args.epochs}: {counted}{measured}")
-        accelerator.log({name: value for name, value in summary.items() if name != "epoch"}, step=step)
+            measured = common.exact_summary(model, tokenizer, examples["test"], *how)
+        common.end_epoch(args, accelerator, refill, step, epoch_started, measured)
         if not finished or step == args.max_steps:
             break
     progress.close()

@@ -80,16 +80,32 @@ def parse_arguments(argv=None, settings=None):
     how.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW's")
     how.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's")
     how.add_argument("--clip", type=float, default=1.0, help="largest norm of a step's gradient")
-    how.add_argument("--zero", type=int, choices=[0, 2, 3], help="DeepSpeed ZeRO stage (default: 2 with several GPUs)")
+    how.add_argument("--zero", type=int, choices=[0, 2, 3], help="DeepSpeed ZeRO (default: 0, several GPUs 2 or 3)")
+    how.add_argument("--offload", action="store_true", help="with ZeRO-3: optimizer states in the main memory")
     how.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more computing")
     where = parser.add_argument_group("what is written")
     where.add_argument("--out", type=Path, default=Path("runs/grpo"))
     where.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    where.add_argument("--resume", action="store_true", help="go on with the run that --out holds, if it holds one")
+    where.add_argument("--save-every", type=int, default=20, help="steps from a state for --resume to the next")
+    where.add_argument("--grace", type=float, default=20, help="seconds that a step may take after SIGTERM or Ctrl-C")
+    where.add_argument("--patience", type=float, default=60, help="minutes to wait for other processes or an engine")
+    where.add_argument("--dry-run", nargs="?", const="here", metavar="8x80", help="say what it would take, and stop")
     where.add_argument("--report-to", default="none", choices=["none", "tensorboard", "wandb"])
     where.add_argument("--show-every", type=int, default=10, help="print a roll-out every so many steps")
     parser.set_defaults(**settings or {})
     args = parser.parse_args(argv)
-    positive = ("epochs", "max_steps", "batch_size", "tokens_per_micro_batch", "lr", "clip", "show_every")
+    positive = (
+        "epochs",
+        "max_steps",
+        "batch_size",
+        "tokens_per_micro_batch",
+        "lr",
+        "clip",
+        "show_every",
+        "save_every",
+        "patience",
+    )
     for name in (*positive, "max_new_tokens", "gpu_memory", "gpus_per_engine", "eval_n"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
@@ -126,7 +142,7 @@ def main(argv=None):
     args.template = args.template or common.read_record(args.model).get("template", "r1")
 
     # Whatever can be refused is refused here, before any weights are loaded.
-    common.check_out(args.out, args.overwrite)
+    common.check_out(args.out, args.overwrite, args.resume)
     args.engine = common.choose_engine(args.engine)
     rows = {"train": common.load_problems(args.data, "train"), "test": common.load_problems(args.data, "test", False)}
     tokenizer = common.load_tokenizer(args.model)
@@ -144,20 +160,15 @@ def main(argv=None):
     longest = max(len(example.prompt_ids) for part in examples.values() for example in part) + args.max_new_tokens
     if longest > max_length:
         common.refuse(f"the longest prompt and --max-new-tokens make {longest} tokens; {args.model} has {max_length}")
-    if args.zero is None:
-        args.zero = 2 if torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
-    accelerator = common.make_accelerator(args.report_to, args.out, args.zero, args.clip)
+    engine, rollouts = 0.0 if args.engine == "transformers" else args.gpu_memory, args.tokens_per_micro_batch // longest
+    shape = (longest - args.max_new_tokens, args.max_new_tokens, max(1, rollouts), 0)
+    common.plan_memory(args, *shape, engine, args.epochs)
+    common.check_resume(args, examples["train"])
+    how = (args.zero, args.clip, 1, args.patience, args.offload)
+    accelerator = common.make_accelerator(args.report_to, args.out, *how)
     processes, pad_id = accelerator.num_processes, common.pad_token_id(tokenizer)
 
-    # Without ZeRO the weights are float32 and computed with in bf16; with it, DeepSpeed keeps the float32 masters.
-    dtype = torch.bfloat16 if args.zero and accelerator.device.type == "cuda" else torch.float32
-    model, scratch = common.load_model(args.model, tokenizer, dtype, args.seed, accelerator)
-    model.train()
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: split by stage 3
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, tuple(args.betas), weight_decay=args.weight_decay)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer, about_model = common.prepare_training(args, tokenizer, accelerator)
 
     # What a checkpoint has to say about itself, for evaluation.
     record = {
@@ -167,29 +178,17 @@ def main(argv=None):
         "base": common.base_of(args.model),
     }
 
-    accelerator.print(
-        f"GRPO with {args.rollouts} roll-outs a problem\n"
-        f"  model   {args.model}: {parameters:,} parameters, "
-        f"{'from scratch, since its folder holds no weights' if scratch else 'pretrained'}, {accelerator.device}\n"
-        f"  data    {args.data}: {len(examples['train']):,} to train on (dropped: {dropped['train'] or 'none'}), "
+    common.begin_run(
+        args,
+        accelerator,
+        f"GRPO with {args.rollouts} roll-outs a problem",
+        about_model,
+        f"{len(examples['train']):,} to train on (dropped: {dropped['train'] or 'none'}), "
         f"{len(examples['test']):,} to test (dropped: {dropped['test'] or 'none'}), template {args.template}\n"
-        f"  samples by {args.engine}, of up to {args.max_new_tokens} tokens; {args.eval_n} of each test problem\n"
-        f"  steps   {args.batch_size} balanced problems each, from {processes} process{'es' if processes > 1 else ''} "
-        f"{f'(ZeRO-{args.zero}) ' if args.zero else ''}"
-        f"x micro-batches of {args.tokens_per_micro_batch:,} tokens, {args.epochs} epochs"
-        f"{f', at most {args.max_steps} steps' if args.max_steps else ''}\n"
-        f"  AdamW   lr {args.lr:g} after {args.warmup_steps} steps, betas {tuple(args.betas)}, "
-        f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}\n"
-        f"  out     {args.out}"
+        f"  samples by {args.engine}, of up to {args.max_new_tokens} tokens; {args.eval_n} of each test problem",
+        f"{args.batch_size} balanced problems",
+        f"{args.tokens_per_micro_batch:,} tokens",
     )
-    if common.is_example(args.model):
-        accelerator.print("  (the settings of the embedded experiment, not the paper's, unless given by flags)")
-    if accelerator.is_main_process:
-        common.start_out(args.out, vars(args) | {"processes": processes, "parameters": parameters})
-    if args.report_to != "none":
-        accelerator.init_trackers("dco", config={name: str(value) for name, value in vars(args).items()})
-    grader = common.Grader(min(os.cpu_count(), 8)) if accelerator.is_main_process else None
-    sampler = common.spawn_engines(args, accelerator, tokenizer, longest, model)
 
     # Of the step under way: {position: (completions, answers, rewards)}, log π of the roll-outs, seconds by phase.
     groups, trainer_log_probs, seconds, calls = {}, {}, Counter(), Counter()
@@ -275,16 +274,20 @@ def main(argv=None):
         args.batch_size,  # `train` gets all of a step at once, and cuts it by tokens
         backward_cost=None,  # roll-outs have to be sampled first: there is no training straight away
     )
-    step, clipped, last_checkpoint = 0, 0, "none"
+    state = common.TrainingState(args, accelerator, refill)
+    step, clipped, last_checkpoint = state.restore()
+    # From here on, since the engines take over the weights as they are now.
+    grader = common.Grader(min(os.cpu_count(), 8)) if accelerator.is_main_process else None
+    sampler = common.spawn_engines(args, accelerator, tokenizer, longest, model)
     progress = tqdm(
         total=args.epochs * len(examples["train"]),
         unit="candidate",
         disable=not accelerator.is_local_main_process,
         mininterval=1,
     )
-    for epoch in range(1, args.epochs + 1):
-        refill.start_epoch(last=epoch == args.epochs)
-        epoch_started, first_step, epoch_used = time.perf_counter(), step, 0
+    state.watch_signals()
+    for epoch in state.epochs():
+        epoch_started = time.perf_counter()
         while args.max_steps is None or step < args.max_steps:
             step_started = time.perf_counter()
             lr = args.lr * min(1, (step + 1) / max(args.warmup_steps, 1))
@@ -302,7 +305,7 @@ def main(argv=None):
             optimizer.zero_grad()
             timed("sync", sampler.update_weights, model)
 
-            step, clipped, epoch_used = step + 1, clipped + (grad_norm > args.clip), epoch_used + len(done.ids)
+            step, clipped = step + 1, clipped + (grad_norm > args.clip)
             seconds["all"] = time.perf_counter() - step_started
             seconds["training"] = 2 * seconds["all"] - seconds.total()
             seen = refill.order[refill.position - done.candidates : refill.position]
@@ -352,33 +355,18 @@ def main(argv=None):
                 show(done.ids[0])
             share_of_epoch = epoch - 1 + refill.position / len(refill.order)
             progress.update(round(share_of_epoch * len(examples["train"])) - progress.n)
+            state.end_step(step, clipped, last_checkpoint)
 
         finished = refill.position == len(refill.order)
+        state.end_epoch(step, clipped, last_checkpoint)
         last_checkpoint = args.out / (f"epoch-{epoch}" if finished else f"step-{step}")
         about = record | {"step": step, "epoch": epoch}
         common.save_checkpoint(accelerator, model, tokenizer, last_checkpoint, about)
-        summary = {
-            "epoch": epoch,
-            "step": step,
-            "steps": step - first_step,
-            "used": epoch_used,
-            "candidates": refill.position,
-            "carried_over": len(refill.leftovers),
-            "seconds": time.perf_counter() - epoch_started,
-        }
+        measured = {}
         if examples["test"]:
             golds = [rows["test"][example.id]["answer"] for example in examples["test"]]
-            summary |= common.sampled_summary(accelerator, sampler, tokenizer, grader, examples["test"], golds, args)
-        if accelerator.is_main_process:
-            common.append_json(args.out / "epochs.jsonl", summary)
-            measured = "".join(f"  {name} {100 * value:.1f}" for name, value in summary.items() if "pass@" in name)
-            if measured:
-                measured = f"  |{measured}  mode confidence {summary['mode_confidence']:.3f}"
-            rejected = refill.position - epoch_used - len(refill.leftovers)
-            counted = f"{summary['steps']} steps on {epoch_used} of {refill.position} candidates, {rejected} rejected"
-            counted += f", {len(refill.leftovers)} carried over" if refill.leftovers else ""
-            tqdm.write(f"epoch {epoch}/{args.epochs}: {counted}{measured}")
-        accelerator.log({name: value for name, value in summary.items() if name != "epoch"}, step=step)
+            measured = common.sampled_summary(accelerator, sampler, tokenizer, grader, examples["test"], golds, args)
+        common.end_epoch(args, accelerator, refill, step, epoch_started, measured)
         if not finished or step == args.max_steps:
             break
     progress.close()
