@@ -509,6 +509,7 @@ def bound_memory(megabytes: int):
     """Runs first in each grading process, which may take so much memory from now on and no more."""
     import math_verify  # noqa: F401  (not in the time of the first answer)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the trainer finishes its step, with these
     logging.disable(logging.CRITICAL)  # math-verify logs every text that it cannot read
     resource.setrlimit(resource.RLIMIT_DATA, (megabytes << 20, megabytes << 20))
 
@@ -925,16 +926,17 @@ def process_group(store, name: str, device: str, rank: int, size: int, minutes: 
 RUN_FILES = ("args.json", "metrics.jsonl", "epochs.jsonl", "state", "epoch-*", "step-*")
 
 
-def check_out(out: Path, overwrite: bool, resume: bool = False):
-    """Refuse to write into a run that is there already, unless it is to be replaced or resumed."""
-    if overwrite and resume:
+def check_out(args):
+    """Refuse to write into a run that is there already, unless it is to be replaced or resumed, or nothing written."""
+    out, resumed = args.out, args.resume and (args.out / "args.json").is_file()
+    if args.overwrite and args.resume:
         refuse("--overwrite begins anew and --resume goes on: choose one of them")
     if out.exists() and not out.is_dir():
         refuse(f"--out {out} is a file")
     found = [path for name in RUN_FILES for path in out.glob(name)]
-    if found and not overwrite and not resume:
+    if found and not (args.overwrite or resumed or args.dry_run):
         refuse(f"--out {out} holds a run already ({found[0].name}): choose another folder, --resume or --overwrite")
-    for path in found if overwrite else []:
+    for path in found if args.overwrite else []:
         if path.name not in RUN_FILES and not (path / "dco.json").is_file() and path.suffix != ".partial":
             refuse(f"--out {out}: {path.name} is no checkpoint, and --overwrite would not keep it: move it away")
     ancestor = next(path for path in out.absolute().parents if path.exists())
@@ -1054,6 +1056,8 @@ def plan_memory(args, prompt: int, completion: int, sequences: int, scored: int,
     """Say what the run will take of each GPU and of the disk, before anything is loaded, and choose --zero where it was
     left open. --dry-run ends here. prompt, completion: tokens of the longest. sequences, scored: how many a process
     computes at once with and without gradient. engine: vLLM's share of a GPU. checkpoints: how many will be written."""
+    if args.offload and args.zero not in (None, 3):
+        refuse(f"--offload goes with --zero 3, not {args.zero}")
     cuda, count = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total / count
     if args.dry_run and args.dry_run != "here":
@@ -1063,8 +1067,11 @@ def plan_memory(args, prompt: int, completion: int, sequences: int, scored: int,
     config, dtype = load_config(args.model), torch.bfloat16 if cuda else torch.float32
     with torch.device("meta"):
         n = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
-    shape = (config, dtype, sequences, prompt + completion, args.gradient_checkpointing)
-    activations = bytes_of_activations(*shape)
+    try:
+        shape = (sequences, prompt + completion)
+        activations, unknown = bytes_of_activations(config, dtype, *shape, args.gradient_checkpointing), ""
+    except Exception as error:  # some other architecture: an estimate is not worth a run
+        activations, unknown = 0, f", activations unknown ({first_line(error)[:100]})"
     # Of each number in training: the model's, its float32 copy, and on the way back three more of those at a time.
     logits = config.vocab_size * (completion + 1) * max(20 * sequences, 10 * scored)
 
@@ -1096,7 +1103,7 @@ def plan_memory(args, prompt: int, completion: int, sequences: int, scored: int,
         print(
             f"  memory  {count} {'GPUs' if cuda else 'processes'} of {size_text(memory)}, ZeRO-{args.zero}, about "
             f"{size_text(sum(found.values()))} of each: {'fits' if enough else 'DOES NOT FIT'}\n"
-            f"          {sizes}{offloaded}\n"
+            f"          {sizes}{unknown}{offloaded}\n"
             f"  disk    two states of {size_text(state)}, {checkpoints} checkpoints of {size_text(checkpoint)}: "
             f"{size_text(disk)}, {size_text(free)} free{'' if disk < free else ', NOT ENOUGH'}",
             flush=True,
@@ -1195,6 +1202,7 @@ def writing(folder: Path):
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_of_the_group(error):
             raise
+        shutil.rmtree(f"{folder}.partial", ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free
         why = f"{folder} cannot be written ({first_line(error)[:200]}); the disk has {size_text(free)} left"
         raise NotWritten(why) from error
@@ -1214,7 +1222,7 @@ class TrainingState:
     def __init__(self, args, accelerator, refill: Refill):
         self.args, self.accelerator, self.refill = args, accelerator, refill
         self.folder, self.step, self.saved = args.out / "state", 0, None
-        self.signal, self.leaving, self.abandoned, self.evaluating = 0, False, False, False
+        self.signal, self.saving, self.leaving, self.abandoned, self.evaluating = 0, False, False, False, False
 
     def states(self) -> list[Path]:
         """The whole ones, the newest last. There are two for a moment, or after a kill in that moment."""
@@ -1265,7 +1273,7 @@ class TrainingState:
         self.step = step
         if self.saved == step:
             return
-        folder, main = self.folder / f"step-{step}", self.accelerator.is_main_process
+        self.saving, folder, main = True, self.folder / f"step-{step}", self.accelerator.is_main_process
         unfinished = folder.with_name(folder.name + ".partial")
         with writing(folder):
             if main:
@@ -1284,7 +1292,7 @@ class TrainingState:
                 for old in self.states()[:-1]:
                     shutil.rmtree(old)
             self.accelerator.wait_for_everyone()
-        self.saved = step
+        self.saved, self.saving = step, False
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, from the one under way."""
@@ -1296,12 +1304,13 @@ class TrainingState:
 
     def end_step(self, step: int, clipped: int, checkpoint):
         """Save where --save-every says so, or where a signal has come to any of the processes, which then all leave."""
-        self.step, own = step, torch.tensor([self.signal], device=self.accelerator.device)
-        number = self.accelerator.gather(own).max().item()
-        self.leaving = number > 0
-        if number or step % self.args.save_every == 0:
+        self.step = step
+        if step % self.args.save_every == 0:
             self.save(step, clipped, checkpoint)
-        if number:
+        number = self.accelerator.gather(torch.tensor([self.signal], device=self.accelerator.device)).max().item()
+        self.leaving = number > 0
+        if self.leaving:
+            self.save(step, clipped, checkpoint)
             self.say(f"stopped by {signal.Signals(number).name} after step {step}")
             end(self.accelerator)
             raise SystemExit(128 + number)  # as if killed by it: a scheduler is not to take it for completion
@@ -1313,9 +1322,9 @@ class TrainingState:
 
     def watch_signals(self):
         """From now on SIGTERM and SIGINT (Ctrl-C) let the step under way end, if it does within --grace seconds."""
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing)  # is told of a signal also while the main thread waits in a collective
+        reading, written = os.pipe()
+        os.set_blocking(written, False)
+        signal.set_wakeup_fd(written)  # is told of a signal also while the main thread waits in a collective
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.leave_if_abandoned)
         threading.Thread(target=self.wait_for_signals, args=[reading], daemon=True).start()
@@ -1333,8 +1342,8 @@ class TrainingState:
 
     def abandon(self):
         """Leave the step as it is, unless it has ended and the state is being written."""
-        if self.leaving:
-            return
+        if self.saving or self.leaving:
+            return after(1, self.abandon)
         self.abandoned, name = True, signal.Signals(self.signal).name
         what = "the evaluation was" if self.evaluating else f"step {self.step + 1} took more than --grace and was"
         self.say(f"stopped by {name}: {what} abandoned")
@@ -1354,7 +1363,7 @@ class TrainingState:
             sys.__excepthook__(kind, error, trace)
         if kind is torch.OutOfMemoryError:
             why += ". A smaller micro-batch, --gradient-checkpointing or a higher --zero take less memory"
-        self.say(f"step {self.step + 1}: {why}")
+        self.say(f"error: step {self.step + 1}: {why}")
 
     def say(self, why: str):
         """One clear message for all processes: from the first that has something to say."""
@@ -1368,7 +1377,7 @@ class TrainingState:
             return
         except OSError as error:  # where nothing can be written, each process says it
             told += f" ({error.strerror})"
-        print(f"\nerror: {told}", file=sys.stderr, flush=True)
+        print(f"\n{told}", file=sys.stderr, flush=True)
 
     def kill(self, code: int):
         """Leave no process behind."""

@@ -113,7 +113,7 @@ def main(argv=None):
     args.model, args.data = model_name, data_name
 
     # Whatever can be refused is refused here, before any weights are loaded.
-    common.check_out(args.out, args.overwrite, args.resume)
+    common.check_out(args)
     rows = {"train": common.load_problems(args.data, "train"), "test": common.load_problems(args.data, "test", False)}
     tokenizer = common.load_tokenizer(args.model)
     max_length = common.longest_context(args.model)

@@ -157,7 +157,7 @@ def main(argv=None):
     args.model, args.data = model_name, data_name
 
     # Whatever can be refused is refused here, before any weights are loaded.
-    common.check_out(args.out, args.overwrite, args.resume)
+    common.check_out(args)
     folder, rows = Path(args.data), {"train": [], "test": []}
     val = folder / "val.json" if folder.is_dir() else folder.with_name("val.json")
     for path in [folder / "train.json" if folder.is_dir() else folder, *args.extra]:
