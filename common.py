@@ -1252,7 +1252,6 @@ class TrainingState:
                 if path.exists():
                     write_whole(path, "".join(lines))
         self.accelerator.wait_for_everyone()
-        sys.excepthook = self.tell
         return self.step, clipped, checkpoint
 
     def load(self, folder: Path):
@@ -1295,12 +1294,26 @@ class TrainingState:
         self.saved, self.saving = step, False
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are left, from the one under way."""
-        for epoch in range(max(1, self.refill.epoch), self.args.epochs + 1):
-            if self.refill.epoch < epoch:
-                self.refill.start_epoch(last=epoch == self.args.epochs)
-            self.evaluating = False
-            yield epoch
+        """The epochs that are left, from the one under way. While they last, SIGTERM and SIGINT (Ctrl-C) let the step
+        under way end, if it does within --grace seconds, and what else ends the run is told by `tell`."""
+        reading, written = os.pipe()
+        os.set_blocking(written, False)
+        threading.Thread(target=self.wait_for_signals, args=[reading], daemon=True).start()
+        before = {number: signal.signal(number, self.leave_if_abandoned) for number in (signal.SIGTERM, signal.SIGINT)}
+        signal.set_wakeup_fd(written)  # is told of a signal also while the main thread waits in a collective
+        sys.excepthook = self.tell
+        try:
+            for epoch in range(max(1, self.refill.epoch), self.args.epochs + 1):
+                if self.refill.epoch < epoch:
+                    self.refill.start_epoch(last=epoch == self.args.epochs)
+                self.evaluating = False
+                yield epoch
+        finally:
+            sys.excepthook = sys.__excepthook__
+            signal.set_wakeup_fd(-1)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(written)  # ends the thread
 
     def end_step(self, step: int, clipped: int, checkpoint):
         """Save where --save-every says so, or where a signal has come to any of the processes, which then all leave."""
@@ -1320,25 +1333,16 @@ class TrainingState:
         self.save(step, clipped, checkpoint)
         self.evaluating = True
 
-    def watch_signals(self):
-        """From now on SIGTERM and SIGINT (Ctrl-C) let the step under way end, if it does within --grace seconds."""
-        reading, written = os.pipe()
-        os.set_blocking(written, False)
-        signal.set_wakeup_fd(written)  # is told of a signal also while the main thread waits in a collective
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.leave_if_abandoned)
-        threading.Thread(target=self.wait_for_signals, args=[reading], daemon=True).start()
-
     def leave_if_abandoned(self, number, frame):
         if self.abandoned:
             raise SystemExit(128 + self.signal)
 
     def wait_for_signals(self, reading):
-        while True:
-            number = os.read(reading, 1)[0]
-            if number in (signal.SIGTERM, signal.SIGINT) and not self.signal:
-                self.signal = number
+        while told := os.read(reading, 1):
+            if told[0] in (signal.SIGTERM, signal.SIGINT) and not self.signal:
+                self.signal = told[0]
                 after(0 if self.evaluating else self.args.grace, self.abandon)
+        os.close(reading)
 
     def abandon(self):
         """Leave the step as it is, unless it has ended and the state is being written."""

