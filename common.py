@@ -393,11 +393,14 @@ class Refill:
     cost of forward and backward in forwards), or all are trained on straight, the rejected contributing zero (k). The
     cheaper way changes at a = (k-1)/k, and is chosen each round from the share seen in this step and the one before."""
 
-    def __init__(self, size, batch_size, accept, seed, processes=1, micro_batch_size=8, backward_cost=3):
+    def __init__(
+        self, size, batch_size, accept, seed, processes=1, micro_batch_size=8, backward_cost=3, lengths=None, tokens=0
+    ):
         """accept: values [n] -> bool [n], None lets every one in unscored. backward_cost: k; infinite, all are scored;
-        None, scoring is sampling, and all are."""
+        None, scoring is sampling, and all are. lengths, tokens: see `that_fit`; without lengths, all fit."""
         self.size, self.batch_size, self.accept, self.seed = size, batch_size, accept, seed
         self.processes, self.micro_batch_size, self.k = processes, micro_batch_size, backward_cost
+        self.lengths, self.tokens = lengths, tokens
         self.epoch, self.position, self.order, self.leftovers = 0, 0, [], []
         self.steps, self.used = 0, 0  # of this epoch: steps made, examples in them
         self.recent = (1, 1)  # accepted, candidates of the step before
@@ -432,6 +435,8 @@ class Refill:
             rate = (self.recent[0] + len(accepted) + 1) / (self.recent[1] + self.position - start + 1)
             straight = trained == len(accepted) and self.straight_pays(room, rate)
             ids = self.order[self.position : self.position + self.round_size(room, rate, straight)]
+            if self.lengths and self.k:
+                ids = that_fit(ids, self.lengths, self.tokens * (1 if straight else 4), self.processes)
             values.append(train(ids, room, self.batch_size, chosen=False) if straight else score(ids))
             kept = self.accept(values[-1]).nonzero().flatten().tolist()[:room]
             accepted += [ids[i] for i in kept]
@@ -446,10 +451,11 @@ class Refill:
             if not self.last_epoch:
                 self.leftovers = accepted
                 return None
-        round_size = self.processes * self.micro_batch_size
-        for i in range(trained, len(accepted), round_size):
-            found = train(accepted[i : i + round_size], len(accepted) - i, len(accepted), chosen=True)
-            values += [] if self.accept else [found]
+        while trained < len(accepted):
+            ids = accepted[trained : trained + self.processes * self.micro_batch_size]
+            ids = that_fit(ids, self.lengths, self.tokens, self.processes) if self.lengths else ids
+            found = train(ids, len(accepted) - trained, len(accepted), chosen=True)
+            values, trained = values + ([] if self.accept else [found]), trained + len(ids)
         self.steps, self.used = self.steps + bool(accepted), self.used + len(accepted)
         return Step(accepted, candidates, torch.cat(values)[:candidates]) if accepted else None
 
@@ -470,6 +476,17 @@ class Refill:
         wanted = math.ceil(max(room, room / rate - spread, 0.02 * self.batch_size / rate))
         micro_batches = 1 if straight else 4  # so many fit without activations to keep
         return self.processes * min(math.ceil(wanted / self.processes), self.micro_batch_size * micro_batches)
+
+
+def that_fit(ids: list[int], lengths: list[tuple[int, int]], tokens: int, processes: int) -> list[int]:
+    """The first of `ids`: as many as make no more than `tokens` tokens a process with their padding, but at least one
+    for each process. lengths: of prompt and completion, for each id."""
+    prompt, completion = 0, 0
+    for count, i in enumerate(ids):
+        prompt, completion = max(prompt, lengths[i][0]), max(completion, lengths[i][1])
+        if count >= processes and math.ceil((count + 1) / processes) * (prompt + completion) > tokens:
+            return ids[:count]
+    return ids
 
 
 # ---- Grading: math-verify in child processes that can be killed ------------------------------------------------------
@@ -1022,9 +1039,9 @@ def size_text(count: float) -> str:
     return f"{count / unit:.1f} {'MGT'[(unit.bit_length() - 21) // 10]}iB"
 
 
-def bytes_of_activations(config, dtype, sequences: int, tokens: int, checkpointing: bool) -> int:
-    """What autograd keeps of a micro-batch until its backward, logits apart: counted on models of one and two layers
-    whose tensors have no storage. With checkpointing: the layers' inputs, and all of one layer."""
+def bytes_of_activations(config, dtype, tokens: int, checkpointing: bool) -> int:
+    """What autograd keeps of a sequence until its backward, logits apart: counted on models of one and two layers whose
+    tensors have no storage. With checkpointing: the layers' inputs, and all of one layer."""
 
     def kept(layers, checkpointing):
         config.num_hidden_layers, found = layers, {}
@@ -1032,7 +1049,7 @@ def bytes_of_activations(config, dtype, sequences: int, tokens: int, checkpointi
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         own = {p.untyped_storage()._cdata for p in model.parameters()}
-        ids = torch.zeros(sequences, tokens, dtype=torch.long)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
         batch = {"input_ids": ids, "attention_mask": ids + 1, "position_ids": ids.cumsum(1)}
         batch |= {"completion_ids": ids[:, :1], "completion_mask": ids[:, :1] == 0}
 
@@ -1052,10 +1069,11 @@ def bytes_of_activations(config, dtype, sequences: int, tokens: int, checkpointi
         return one + (layers - 1) * (kept(2, True) - kept(1, True))
 
 
-def plan_memory(args, prompt: int, completion: int, sequences: int, scored: int, engine: float, checkpoints: int):
-    """Say what the run will take of each GPU and of the disk, before anything is loaded, and choose --zero where it was
-    left open. --dry-run ends here. prompt, completion: tokens of the longest. sequences, scored: how many a process
-    computes at once with and without gradient. engine: vLLM's share of a GPU. checkpoints: how many will be written."""
+def plan_memory(args, examples: list[Example], checkpoints: int, scored=0, completion=0, engine=0.0) -> int:
+    """Say what the run will take of each GPU and of the disk, before anything is loaded. Where it was left open, choose
+    --zero; turn on --gradient-checkpointing where it does not fit without. --dry-run ends here. checkpoints: how many
+    will be written. scored: so many times the tokens are computed at once without gradient. completion: longer than the
+    examples' may be. engine: vLLM's share of a GPU. -> how many tokens a process may compute at once, with padding."""
     if args.offload and args.zero not in (None, 3):
         refuse(f"--offload goes with --zero 3, not {args.zero}")
     cuda, count = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
@@ -1067,15 +1085,11 @@ def plan_memory(args, prompt: int, completion: int, sequences: int, scored: int,
     config, dtype = load_config(args.model), torch.bfloat16 if cuda else torch.float32
     with torch.device("meta"):
         n = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
-    try:
-        shape = (sequences, prompt + completion)
-        activations, unknown = bytes_of_activations(config, dtype, *shape, args.gradient_checkpointing), ""
-    except Exception as error:  # some other architecture: an estimate is not worth a run
-        activations, unknown = 0, f", activations unknown ({first_line(error)[:100]})"
-    # Of each number in training: the model's, its float32 copy, and on the way back three more of those at a time.
-    logits = config.vocab_size * (completion + 1) * max(20 * sequences, 10 * scored)
+    longest = max(len(one.prompt_ids) + max(completion, len(one.completion_ids)) for one in examples)
+    # Of each logit in training: the model's, its float32 copy, and on the way back three more of those at a time.
+    logits, unknown = config.vocab_size * max(20, 10 * scored), ""
 
-    def parts(zero):
+    def states(zero):
         split, byte = count if zero else 1, 2 if zero and cuda else 4
         found = {"weights": n * byte / (count if zero == 3 else 1), "gradients": n * 4 / split}
         found["optimizer states"] = n * (12 if zero else 8) / split  # two moments; with ZeRO float32 masters as well
@@ -1086,30 +1100,49 @@ def plan_memory(args, prompt: int, completion: int, sequences: int, scored: int,
             found["buffers"] = n * (4 * (count > 1) + 2 * cuda)
         if args.offload:
             found |= {"gradients": 0, "optimizer states": 0}
-        return found | {"activations": activations, "logits": logits, "engine": engine * memory}
+        return found | {"engine": engine * memory}
 
-    def fits(zero):
-        return sum(parts(zero).values()) < 0.95 * memory
+    def activations(checkpointing):
+        nonlocal unknown
+        try:
+            return bytes_of_activations(config, dtype, longest, checkpointing)
+        except Exception as error:  # some other architecture: an estimate is not worth a run
+            unknown = f", activations unknown ({first_line(error)[:100]})"
+            return 0
+
+    def tokens_left(zero, checkpointing):
+        left = 0.95 * memory - sum(states(zero).values())
+        return int(left / (activations(checkpointing) / longest + logits))
 
     if args.zero is None:
-        args.zero = 3 if args.offload else 0 if count == 1 or not cuda else 2 if fits(2) else 3
-    found, enough = parts(args.zero), fits(args.zero)
+        args.zero = 3 if args.offload else 0 if count == 1 or not cuda else 2 if tokens_left(2, True) >= longest else 3
+    if tokens_left(args.zero, args.gradient_checkpointing) < longest:
+        args.gradient_checkpointing = True
+    tokens = tokens_left(args.zero, args.gradient_checkpointing)
+    enough, tokens = tokens >= longest, max(longest, tokens)
+    wanted = getattr(args, "tokens_per_micro_batch", 0) or args.micro_batch_size * longest
+    found, most = states(args.zero), min(tokens, max(wanted, longest))
+    found["activations"] = activations(args.gradient_checkpointing) * most / longest
+    found["logits"] = logits * most
     state, checkpoint = n * (12 if not args.zero else 14 if cuda else 16), n * (2 if cuda else 4)
     disk = 2 * state + checkpoints * checkpoint
     free = shutil.disk_usage(next(path for path in args.out.absolute().parents if path.exists())).free
     if os.environ.get("RANK", "0") == "0":
         sizes = ", ".join(f"{name} {size_text(size)}" for name, size in found.items() if size)
         offloaded = f"\n          and {size_text(16 * n / count)} of the main memory a process" if args.offload else ""
+        recomputed = ", with gradient checkpointing" if args.gradient_checkpointing else ""
         print(
-            f"  memory  {count} {'GPUs' if cuda else 'processes'} of {size_text(memory)}, ZeRO-{args.zero}, about "
-            f"{size_text(sum(found.values()))} of each: {'fits' if enough else 'DOES NOT FIT'}\n"
+            f"  memory  {count} x {size_text(memory)}{' of GPU' * cuda}, ZeRO-{args.zero}{recomputed}, "
+            f"about {size_text(sum(found.values()))} of each: {'fits' if enough else 'DOES NOT FIT'}\n"
             f"          {sizes}{unknown}{offloaded}\n"
+            f"          at most {most:,} tokens at once; the longest example has {longest:,}\n"
             f"  disk    two states of {size_text(state)}, {checkpoints} checkpoints of {size_text(checkpoint)}: "
             f"{size_text(disk)}, {size_text(free)} free{'' if disk < free else ', NOT ENOUGH'}",
             flush=True,
         )
     if args.dry_run:
         raise SystemExit(0 if enough and disk < free else 1)
+    return tokens
 
 
 def prepare_training(args, tokenizer, accelerator):

@@ -164,9 +164,9 @@ def main(argv=None):
     longest = max(len(example.prompt_ids) for part in examples.values() for example in part) + args.max_new_tokens
     if longest > max_length:
         common.refuse(f"the longest prompt and --max-new-tokens make {longest} tokens; {args.model} has {max_length}")
-    shape = [max(len(getattr(one, ids)) for one in examples["train"]) for ids in ("prompt_ids", "completion_ids")]
-    engine = 0.0 if args.engine == "transformers" else args.gpu_memory
-    common.plan_memory(args, *shape, args.micro_batch_size, 0, engine, args.epochs)
+    share_of_engine = 0.0 if args.engine == "transformers" else args.gpu_memory
+    tokens = common.plan_memory(args, examples["train"], args.epochs, engine=share_of_engine)
+    lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in examples["train"]]
     common.check_resume(args, examples["train"])
     how = (args.zero, args.clip, args.micro_batch_size, args.patience, args.offload)
     accelerator = common.make_accelerator(args.report_to, args.out, *how)
@@ -267,6 +267,8 @@ def main(argv=None):
         processes,
         args.micro_batch_size,
         backward_cost=None,  # p̂ comes from sampling: there is no training straight away
+        lengths=lengths,
+        tokens=tokens,
     )
     state = common.TrainingState(args, accelerator, refill)
     step, clipped, last_checkpoint = state.restore()

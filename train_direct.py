@@ -124,9 +124,8 @@ def main(argv=None):
         common.refuse(
             f"--data {args.data}: no problem is left; dropped: {dropped['train']} (of {max_length} positions)"
         )
-    longest = [max(len(getattr(one, ids)) for one in examples["train"]) for ids in ("prompt_ids", "completion_ids")]
-    shape = (args.micro_batch_size, 4 * args.micro_batch_size)
-    common.plan_memory(args, *longest, *shape, 0.0, args.epochs + len(args.checkpoint_at))
+    tokens = common.plan_memory(args, examples["train"], args.epochs + len(args.checkpoint_at), scored=4)
+    lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in examples["train"]]
     common.check_resume(args, examples["train"])
     how = (args.zero, args.clip, args.micro_batch_size, args.patience, args.offload)
     accelerator = common.make_accelerator(args.report_to, args.out, *how)
@@ -210,6 +209,8 @@ def main(argv=None):
         processes,
         args.micro_batch_size,
         backward_cost=4 if args.gradient_checkpointing else 3,
+        lengths=lengths,
+        tokens=tokens,
     )
     state = common.TrainingState(args, accelerator, refill)
     step, clipped, last_checkpoint = state.restore()

@@ -177,9 +177,8 @@ def main(argv=None):
         dropped["train"]["proofs that lost a step"] = len(wholes) - len(candidates)
     if not candidates:
         common.refuse(f"--data {args.data}: no step is left; dropped: {dropped['train']} (of {max_length} positions)")
-    longest = [max(len(getattr(one, ids)) for one in examples["train"]) for ids in ("prompt_ids", "completion_ids")]
-    shape = (args.micro_batch_size, 4 * args.micro_batch_size)
-    common.plan_memory(args, *longest, *shape, 0.0, args.epochs + len(args.checkpoint_at))
+    tokens = common.plan_memory(args, examples["train"], args.epochs + len(args.checkpoint_at), scored=4)
+    lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in examples["train"]]
     common.check_resume(args, examples["train"])
     how = (args.zero, args.clip, args.micro_batch_size, args.patience, args.offload)
     accelerator = common.make_accelerator(args.report_to, args.out, *how)
@@ -260,15 +259,20 @@ def main(argv=None):
     scored = {}  # log p of whole proofs, under this step's weights
 
     def steps_of(proofs, together):
-        """The proofs' steps, `together` x processes at a time: (place of its proof [n], ids of the steps [n])."""
-        steps = [(place, i) for place, proof in enumerate(proofs) for i in candidates[proof]]
-        size = together * processes
-        return [tuple(zip(*steps[i : i + size], strict=True)) for i in range(0, len(steps), size)]
+        """The proofs' steps, `together` micro-batches a process at once: (places of their proofs [n], ids [n])."""
+        places, steps = zip(*((k, i) for k, proof in enumerate(proofs) for i in candidates[proof]), strict=True)
+        rounds, start = [], 0
+        while start < len(steps):
+            ids = list(steps[start : start + together * args.micro_batch_size * processes])
+            ids = common.that_fit(ids, lengths, together * tokens, processes)
+            rounds.append((places[start : start + len(ids)], ids))
+            start += len(ids)
+        return rounds
 
     def score_proofs(proofs):
         """-> log p of whole proofs, Σ over their steps. F is of the whole, so this comes before any gradient."""
         log_p = torch.zeros(len(proofs), device=accelerator.device)
-        for places, ids in steps_of(proofs, 4 * args.micro_batch_size):
+        for places, ids in steps_of(proofs, 4):
             log_p.index_add_(0, torch.tensor(places, device=log_p.device), score(ids))
         scored.update(zip(proofs, log_p, strict=True))
         return log_p
@@ -278,7 +282,7 @@ def main(argv=None):
         log_p = torch.zeros(len(proofs), device=accelerator.device)
         if args.n_prime > 1:  # F of cross-entropy is 1, whatever p
             log_p = torch.stack([scored[proof] for proof in proofs]) if refill.accept else score_proofs(proofs)
-        factor, rounds = common.dco_factor(log_p, args.n_prime), steps_of(proofs, args.micro_batch_size)
+        factor, rounds = common.dco_factor(log_p, args.n_prime), steps_of(proofs, 1)
         found = torch.zeros_like(log_p)
         for k, (places, ids) in enumerate(rounds, 1):
             last, places = k == len(rounds) and len(proofs) == room, torch.tensor(places, device=factor.device)
@@ -293,6 +297,8 @@ def main(argv=None):
         processes,
         args.micro_batch_size,
         backward_cost=math.inf if unit == "proof" else 4 if args.gradient_checkpointing else 3,
+        lengths=lengths if unit == "step" else None,
+        tokens=tokens,
     )
     state = common.TrainingState(args, accelerator, refill)
     step, clipped, last_checkpoint = state.restore()

@@ -384,7 +384,12 @@ def test_out_that_holds_a_run_is_refused_unless_overwritten(capsys, tmp_path):
     train_direct.main(["--max-steps", "1", "--out", str(out)])
     (out / "notes.txt").write_text("mine")
     before = (out / "metrics.jsonl").read_text()
-    refused(["--max-steps", "2"], capsys, "holds a run already (args.json): choose another folder, --resume or --overwrite", out)
+    refused(
+        ["--max-steps", "2"],
+        capsys,
+        "holds a run already (args.json): choose another folder, --resume or --overwrite",
+        out,
+    )
     assert (out / "metrics.jsonl").read_text() == before
     train_direct.main(["--max-steps", "2", "--out", str(out), "--overwrite"])
     assert len(read(out / "metrics.jsonl")) == 2 and not (out / "step-1").exists()
