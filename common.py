@@ -1327,26 +1327,27 @@ class TrainingState:
         self.saved, self.saving = step, False
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are left, from the one under way. While they last, SIGTERM and SIGINT (Ctrl-C) let the step
-        under way end, if it does within --grace seconds, and what else ends the run is told by `tell`."""
-        reading, written = os.pipe()
-        os.set_blocking(written, False)
+        """The epochs that are left, from the one under way. Until `end_run`, SIGTERM and SIGINT (Ctrl-C) let a step
+        end, if it does so within --grace seconds, and what else ends the run is told by `tell`."""
+        reading, self.written = os.pipe()
+        os.set_blocking(self.written, False)
         threading.Thread(target=self.wait_for_signals, args=[reading], daemon=True).start()
-        before = {number: signal.signal(number, self.leave_if_abandoned) for number in (signal.SIGTERM, signal.SIGINT)}
-        signal.set_wakeup_fd(written)  # is told of a signal also while the main thread waits in a collective
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self.handlers = {number: signal.signal(number, self.leave_if_abandoned) for number in numbers}
+        signal.set_wakeup_fd(self.written)  # is told of a signal also while the main thread waits in a collective
         sys.excepthook = self.tell
-        try:
-            for epoch in range(max(1, self.refill.epoch), self.args.epochs + 1):
-                if self.refill.epoch < epoch:
-                    self.refill.start_epoch(last=epoch == self.args.epochs)
-                self.evaluating = False
-                yield epoch
-        finally:
-            sys.excepthook = sys.__excepthook__
-            signal.set_wakeup_fd(-1)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            os.close(written)  # ends the thread
+        for epoch in range(max(1, self.refill.epoch), self.args.epochs + 1):
+            if self.refill.epoch < epoch:
+                self.refill.start_epoch(last=epoch == self.args.epochs)
+            self.evaluating = False
+            yield epoch
+
+    def end_run(self):
+        sys.excepthook = sys.__excepthook__
+        signal.set_wakeup_fd(-1)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        os.close(self.written)  # ends the thread that reads
 
     def end_step(self, step: int, clipped: int, checkpoint):
         """Save where --save-every says so, or where a signal has come to any of the processes, which then all leave."""

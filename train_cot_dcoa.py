@@ -364,6 +364,7 @@ def main(argv=None):
         if not finished or step == args.max_steps:
             break
     progress.close()
+    state.end_run()
     if sampler:
         sampler.shut_down()
     if grader:

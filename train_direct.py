@@ -296,6 +296,7 @@ def main(argv=None):
         if not finished or step == args.max_steps:
             break
     progress.close()
+    state.end_run()
     more = "" if examples["test"] else " --data FOLDER"  # one with a test.jsonl
     more += "" if args.template == "direct" else " --n 256"  # a whole solution's p says nothing of its answer's
     accelerator.print(f"done. Measure and draw pass@N: python eval_passn.py {last_checkpoint}{more}")

@@ -369,6 +369,7 @@ def main(argv=None):
         if not finished or step == args.max_steps:
             break
     progress.close()
+    state.end_run()
     sampler.shut_down()
     if grader:
         grader.close()

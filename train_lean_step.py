@@ -385,6 +385,7 @@ def main(argv=None):
         if not finished or step == args.max_steps:
             break
     progress.close()
+    state.end_run()
     accelerator.print(f"done. Prove theorems with it: python prove.py --model {last_checkpoint}")
     common.end(accelerator)
 
