@@ -90,6 +90,38 @@ def drifting(share):
     return lambda example, step: common.seed_of(example, step // 3) % 1000 < 1000 * share
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("processes, micro_batch_size", [(1, 8), (2, 4), (3, 5)])
+def test_tokens_bound_what_is_computed_at_once_and_nothing_else(share, processes, micro_batch_size):
+    size, batch_size, tokens = 150, 16, 60
+    lengths = [(1 + common.seed_of("prompt", i) % 30, 1 + common.seed_of("completion", i) % 20) for i in range(size)]
+    seen = {"score": [], "train": []}
+
+    class Watched(Trainer):
+        def score(self, ids):
+            seen["score"].append(ids)
+            return super().score(ids)
+
+        def train(self, ids, *how, **more):
+            seen["train"].append(ids)
+            return super().train(ids, *how, **more)
+
+    how = (size, batch_size, accept, 3, processes, micro_batch_size, 3, lengths, tokens)
+    assert run(common.Refill(*how), Watched(drifting(share), processes), 4) == steps_by_definition(
+        size, batch_size, drifting(share), 3, 4
+    )
+    bounded = 0
+    for kind, bound in (("score", 4 * tokens), ("train", tokens)):
+        for ids in seen[kind]:
+            shares = [ids[process::processes] for process in range(processes)]
+            padded = [
+                len(share) * (max(lengths[i][0] for i in ids) + max(lengths[i][1] for i in ids)) for share in shares
+            ]
+            assert max(padded) <= bound or len(ids) <= processes
+            bounded += len(ids) < processes * micro_batch_size
+    assert bounded > 0 and seen["train"]
+
+
 WAYS = {"scored first": None, "straight": 1.0000001, "the cheaper": 3}  # backward_cost that forces or leaves the choice
 
 

@@ -94,6 +94,21 @@ def test_same_steps_whatever_the_micro_batch_and_the_way(way, micro_batch_size, 
     assert_same_run(tmp_path / "run", one_process)
 
 
+def test_same_steps_where_memory_has_room_for_few_tokens(one_process, tmp_path, monkeypatch):
+    computed, real = [], common.collate
+
+    def watched(examples, *how):
+        batch = real(examples, *how)
+        computed.extend([batch["input_ids"].numel()] if torch.is_grad_enabled() else [])
+        return batch
+
+    monkeypatch.setattr(common, "plan_memory", lambda args, *how, **more: setattr(args, "zero", 0) or 60)
+    monkeypatch.setattr(common, "collate", watched)
+    train_direct.main([*COMMON_FLAGS, "--out", str(tmp_path / "run")])
+    assert 30 < max(computed) <= 60
+    assert_same_run(tmp_path / "run", one_process)
+
+
 @pytest.mark.parametrize("way, zero", [("scoring", 0), ("straight", 0), ("auto", 0), ("auto", 2), ("auto", 3)])
 def test_same_steps_and_weights_with_two_processes(way, zero, one_process, tmp_path):
     arguments = [*COMMON_FLAGS, "--micro-batch-size", 5, "--zero", zero, "--out", tmp_path / "run"]
