@@ -1077,7 +1077,8 @@ def plan_memory(args, examples: list[Example], checkpoints: int, scored=0, compl
     if args.offload and args.zero not in (None, 3):
         refuse(f"--offload goes with --zero 3, not {args.zero}")
     cuda, count = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
-    memory = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total / count
+    here = psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    memory = torch.cuda.get_device_properties(0).total_memory if cuda else here
     if args.dry_run and args.dry_run != "here":
         if not (asked := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.dry_run)):
             refuse(f"--dry-run takes GPUS x GB, as in 8x80, or nothing; not {args.dry_run}")
@@ -1133,7 +1134,8 @@ def plan_memory(args, examples: list[Example], checkpoints: int, scored=0, compl
         recomputed = ", with gradient checkpointing" if args.gradient_checkpointing else ""
         print(
             f"  memory  {count} x {size_text(memory)}{' of GPU' * cuda}, ZeRO-{args.zero}{recomputed}, "
-            f"about {size_text(sum(found.values()))} of each: {'fits' if enough else 'DOES NOT FIT'}\n"
+            f"about {size_text(sum(found.values()))} of each: {'fits' if enough else 'DOES NOT FIT'}"
+            f"{'' if enough or args.offload else ' (--offload takes less)'}\n"
             f"          {sizes}{unknown}{offloaded}\n"
             f"          at most {most:,} tokens at once; the longest example has {longest:,}\n"
             f"  disk    two states of {size_text(state)}, {checkpoints} checkpoints of {size_text(checkpoint)}: "
@@ -1728,8 +1730,9 @@ def spawn_engines(args, accelerator, tokenizer, max_length: int, model):
     if args.engine == "transformers":
         return LiveModel(accelerator, model, tokenizer)
     gpus = args.gpus_per_engine
-    if gpus is None:  # App. B: an engine on each pair of GPUs for 8B on 80 GB
-        large = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) > 6.5e9
-        gpus = 2 if large and torch.cuda.get_device_properties(0).total_memory < 100e9 else 1
+    if gpus is None:  # so many that bf16 weights take 60 % of its share at most. App. B: 2 of 80 GB for 8B
+        cuda = accelerator.device.type == "cuda"
+        room = 0.6 * args.gpu_memory * torch.cuda.get_device_properties(0).total_memory if cuda else math.inf
+        gpus = next(count for count in (1, 2, 4, 8) if 2 * args.parameters / count <= room or count == 8)
     how = (args.gpu_memory, gpus, args.patience)
     return VLLMEngines(accelerator, args.model, tokenizer, max_length, args.out, model, *how)

@@ -71,7 +71,7 @@ def parse_arguments(argv=None, settings=None):
     sampling.add_argument("--engine", default="auto", choices=["auto", "vllm", "transformers"], help="what samples")
     sampling.add_argument("--gpu-memory", type=float, default=0.3, help="vLLM's share of each GPU (paper: 0.3)")
     sampling.add_argument(
-        "--gpus-per-engine", type=int, help="default: 1, or 2 for 7B and more under 100 GB (paper: 2)"
+        "--gpus-per-engine", type=int, help="default: as many as its weights need, at most 8 (paper: 2)"
     )
     sampling.add_argument(
         "--eval-problems", type=int, help="of the test split, after each epoch (default: all; 0: none)"

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -340,3 +341,36 @@ def test_live_model_leaves_the_trainer_as_it_was(training, accelerator, tokenize
         common.LiveModel(accelerator, model, tokenizer).generate(prompts, 1, 4, seeds)
     assert model.training is training and torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(weights[name], w) for name, w in model.state_dict().items())
+
+
+def test_engines_in_a_cluster_that_was_there_before_and_stays(tmp_path):
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    settings = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    start = ["start", "--head", "--block", "--port", port, "--num-cpus", 2, "--include-dashboard", "false"]
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    quiet = {"env": settings, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    cluster = subprocess.Popen([*ray, *map(str, start)], start_new_session=True, **quiet)
+    try:
+        until = time.monotonic() + 60
+        while subprocess.run([*ray, "health-check", "--address", settings["RAY_ADDRESS"]], **quiet).returncode:
+            assert cluster.poll() is None and time.monotonic() < until
+        flags = ["--n-mc", 4, "--max-steps", 2, "--eval-problems", 0, "--engine", "vllm", "--out", tmp_path / "run"]
+        run_script("train_cot_dcoa.py", *flags, RAY_ADDRESS=settings["RAY_ADDRESS"], RAY_AUTH_MODE="disabled")
+        steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+        assert [step["sampling_calls"] > 0 for step in steps] == [True, True]
+        inside = psutil.Process(cluster.pid).children(recursive=True)
+        called = [" ".join(one.cmdline()) for one in inside if one.is_running()]
+        assert cluster.poll() is None and any("raylet" in line for line in called), (
+            "the cluster is not the run's to end"
+        )
+        assert not any("ray::Engine" in line for line in called)
+    finally:
+        everything = psutil.Process(cluster.pid).children(recursive=True)
+        cluster.terminate()
+        cluster.wait(30)
+        for one in left(everything, 5):
+            one.kill()
