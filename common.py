@@ -677,9 +677,11 @@ def colours_for(count: int):
     return palette[:count] if count <= len(palette) else [colormaps["cividis"](i / (count - 1)) for i in range(count)]
 
 
-def draw_curves(curves: dict, x_label: str, y_label: str, path: Path, envelope: bool = False) -> list[Path]:
+def draw_curves(
+    curves: dict, x_label: str, y_label: str, path: Path, envelope: bool = False, highlight: str | None = None
+) -> list[Path]:
     """curves: {label: {N: {"pass", "low", "high"}}}, in percent over N, with their intervals. envelope: the largest at
-    each N as well."""
+    each N as well. highlight: the label of the one curve that is not to be faint."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -692,8 +694,9 @@ def draw_curves(curves: dict, x_label: str, y_label: str, path: Path, envelope: 
         axis.plot(ns, largest, color="0.8", linewidth=7, solid_capstyle="round", label="Pareto envelope")
     for i, (colour, (label, curve)) in enumerate(zip(colours_for(len(curves)), curves.items(), strict=True)):
         middle, low, high = ([100 * curve[n][name] for n in ns] for name in ("pass", "low", "high"))
-        axis.plot(ns, middle, color=colour, marker="osD^vPX"[i % 7], markersize=3.5, label=label)
-        axis.fill_between(ns, low, high, color=colour, alpha=0.12, linewidth=0)
+        strength = 1 if highlight in (None, label) else 0.3
+        axis.plot(ns, middle, color=colour, marker="osD^vPX"[i % 7], markersize=3.5, label=label, alpha=strength)
+        axis.fill_between(ns, low, high, color=colour, alpha=0.12 * strength, linewidth=0)
     axis.set_xscale("log", base=4)
     ticks = [n for n in ns if math.log(n, 4).is_integer()]
     axis.set_xticks(ticks, [f"{n}" for n in ticks])
@@ -708,9 +711,11 @@ def draw_curves(curves: dict, x_label: str, y_label: str, path: Path, envelope: 
 def save_figure(figure, path: Path) -> list[Path]:
     from matplotlib import pyplot
 
-    figure.savefig(path, dpi=150)
+    paths = [path, path.with_suffix(".pdf")]
+    for one in paths:
+        figure.savefig(one, dpi=150)
     pyplot.close(figure)
-    return [path]
+    return paths
 
 
 # ---- Accelerate: processes, models, what is split over them ----------------------------------------------------------

@@ -1,8 +1,9 @@
-"""Measure pass@N of checkpoints, exactly and from samples, and draw it (Table 1, Figures 1 and 2a).
+"""Measure pass@N of checkpoints, exactly and from samples, and draw what the paper draws.
 
     python eval_passn.py runs/direct-n1/epoch-4 runs/direct-n64/epoch-4          # exact, no samples
     python eval_passn.py runs/direct-n64/epoch-4 --n 4096                        # from 4,096 samples a problem as well
     accelerate launch eval_passn.py runs/direct-n64/epoch-4 --n 4096             # the problems split over 8 GPUs
+    python eval_passn.py runs/direct-n1/epoch-0.11 runs/direct-n1/epoch-0.86 --figure 5
 
 pass@N coverage is the probability that at least one of N independent samples is right (Eq. 2). Two estimates:
 
@@ -12,7 +13,21 @@ pass@N coverage is the probability that at least one of N independent samples is
 The template and the length of a completion are read from the checkpoint; flags override them. It prints a Markdown
 table of each estimate and writes passn-<data>.json, passn-<data>.png, passn-<data>-sampled.png if both are there, and
 confidence-<data>.png. Samples are counted by distinct answer and each distinct answer is graded once; an evaluation
-that was interrupted goes on where it stopped.
+that was interrupted goes on where it stopped. By the paper's numbers:
+
+    Tables 1, 4, 5        the table, of a run's epochs; Table 5 with --data HuggingFaceH4/aime_2024
+    Table 3               the same with --n 1024 --ns 1,16,64: its second table has both kinds of error
+    Figures 1, 7, 9, 3    confidence-<data>.png: of greedy completions; with --n of the most frequent answers (3)
+    Figures 2a, 8         passn-<data>.png; Figures 6 and 10: --highlight CHECKPOINT
+    Figure 2b             --figure 2b: F(N, p) over p
+    Figure 4              --figure 4 RUN ...: discarded samples by step, from the runs' metrics.jsonl
+    Figure 5              --figure 5 CHECKPOINT ...: derivative of the test loss along a cross-entropy step, by level
+    Figure 11             --figure 11: the bounds of Lemmas 4.2 and 4.3
+    Figure 12             --figure 12 CHECKPOINT ...: accuracy by rank of confidence; with --n of sampled answers
+    Figure 13             --figure 13 CHECKPOINT ...: confidence and F by level, of training data not seen so far
+    Tables 2, 6, Fig. 2c  prove.py
+
+Every figure is a PNG and a PDF, and its numbers are in a JSON file beside it.
 """
 
 import argparse
@@ -33,8 +48,14 @@ def parse_arguments(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="folders that training wrote, or hub names"
+        "checkpoints", nargs="*", metavar="CHECKPOINT", help="folders that training wrote, or hub names"
     )
+    parser.add_argument(
+        "--figure",
+        choices=["2b", "4", "5", "11", "12", "13"],
+        help="draw this figure of the paper; the others need no such flag",
+    )
+    parser.add_argument("--highlight", metavar="CHECKPOINT", help="in the figure of pass@N, as in Figures 6 and 10")
     what = parser.add_argument_group("what is measured")
     what.add_argument(
         "--data", help="folder, file of JSON lines or hub name (default: what the checkpoint was trained on)"
@@ -67,18 +88,31 @@ def parse_arguments(argv=None):
         parser.error(
             f"pass@{args.ns[-1]} cannot be estimated from {args.n} samples: raise --n, or give --ns up to {args.n}"
         )
+    if not args.checkpoints and args.figure not in ("2b", "11"):
+        parser.error("give a checkpoint, or several" if args.figure != "4" else "give a run's folder, or several")
+    if args.highlight not in (None, *args.checkpoints):
+        parser.error(f"--highlight {args.highlight} is not one of the checkpoints")
     if len({os.path.normpath(checkpoint) for checkpoint in args.checkpoints}) < len(args.checkpoints):
         parser.error("a checkpoint is given twice")
     return args
 
 
+if __name__ == "__main__":
+    parse_arguments()  # --help and what is wrong with the arguments are not kept waiting for these imports
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from accelerate.utils import gather_object  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import common  # noqa: E402
+
+
 def main(argv=None):
     args = parse_arguments(argv)
-
-    import torch
-    import transformers
-
-    import common
+    if args.figure in ("2b", "4", "5", "11", "13"):
+        return draw_figure(args)
 
     # Everything about every checkpoint is checked before the first one is loaded.
     for checkpoint in args.checkpoints:
@@ -130,6 +164,10 @@ def main(argv=None):
         problems = {row["id"]: {"id": row["id"], "level": row.get("level")} for row in rows}
         if template == "direct":
             measure_exactly(model, tokenizer, examples, accelerator, max_new_tokens, args, problems)
+            if args.figure == "12":
+                ranked = beam_search(model, tokenizer, examples, accelerator, max_new_tokens)
+                for id, answers in ranked.items():
+                    problems[id]["ranked"] = answers
         if args.n and args.engine == "vllm":  # which gets the GPU's memory to itself
             model = None
             gc.collect()  # hooks of a model that is spread over GPUs refer to it
@@ -153,6 +191,7 @@ def main(argv=None):
                 how = "exact, reference answers only" if kind == "exact" else f"from {args.n:,} samples a problem"
                 how += f", temperature {args.temperature:g}" if kind == "sampled" and args.temperature != 1 else ""
                 print(f"\npass@N in percent, {how}\n\n{markdown_table(measured, kind, args.ns)}")
+                print(f"\n{markdown_errors(measured, kind, args.ns)}")
         report = {
             "data": data,
             "split": args.split,
@@ -164,8 +203,11 @@ def main(argv=None):
         }
         path = out / f"passn-{data_name}.json"
         common.write_whole(path, json.dumps(report) + "\n")
-        figures = draw_coverage(results, "exact", out / f"passn-{data_name}.png")
-        figures += draw_coverage(results, "sampled", out / f"passn-{data_name}{'-sampled' * bool(figures)}.png")
+        figures = draw_coverage(results, "exact", args.highlight, out / f"passn-{data_name}.png")
+        path_of_sampled = out / f"passn-{data_name}{'-sampled' * bool(figures)}.png"
+        figures += draw_coverage(results, "sampled", args.highlight, path_of_sampled)
+        if args.figure == "12":
+            figures += draw_panels([figure_12(results)], out / f"figure-12-{data_name}.png")
         figures += draw_confidence(results, out / f"confidence-{data_name}.png")
         print("\nwrote", ", ".join(map(str, [path, *figures])))
     common.end(accelerator)
@@ -175,8 +217,6 @@ def main(argv=None):
 
 
 def check_checkpoint(checkpoint: str):
-    import common
-
     if checkpoint.rstrip("/").endswith(".partial"):
         common.refuse(f"{checkpoint} was not written to its end")
     if not common.check_model(checkpoint):
@@ -185,8 +225,6 @@ def check_checkpoint(checkpoint: str):
 
 def recorded_data(records: list[dict]) -> str:
     """What the checkpoints were trained on, whose test split they are to be measured on."""
-    import common
-
     found = {record.get("data") for record in records}
     if len(found) > 1:
         common.refuse(f"the checkpoints were trained on different data ({', '.join(map(str, found))}): give --data")
@@ -197,8 +235,6 @@ def recorded_data(records: list[dict]) -> str:
 
 
 def default_out(checkpoints: list[str]) -> Path:
-    import common
-
     if not all(Path(checkpoint).is_dir() for checkpoint in checkpoints):
         return Path("runs") / checkpoints[0].replace("/", "-")
     common_folder = Path(os.path.commonpath([os.path.abspath(checkpoint) for checkpoint in checkpoints]))
@@ -209,8 +245,6 @@ def default_out(checkpoints: list[str]) -> Path:
 
 def encode_for(rows, tokenizer, template: str, checkpoint: str):
     """-> (examples, how many problems are too long). Only direct answers are scored: others need no completion."""
-    import common
-
     if template != "direct":
         rows = [row | {"solution": "0", "answer": "0"} for row in rows]
     examples, dropped = common.encode(rows, tokenizer, template, common.longest_context(checkpoint))
@@ -219,13 +253,10 @@ def encode_for(rows, tokenizer, template: str, checkpoint: str):
 
 def spread_over_gpus(checkpoint: str, accelerator) -> bool:
     """Whether the model is too large for one GPU and has to be spread over those of this one process."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if accelerator.device.type != "cuda" or accelerator.num_processes > 1 or torch.cuda.device_count() == 1:
         return False
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(checkpoint))
     return 2 * sum(p.numel() for p in model.parameters()) > 0.8 * torch.cuda.get_device_properties(0).total_memory
 
 
@@ -234,8 +265,6 @@ def spread_over_gpus(checkpoint: str, accelerator) -> bool:
 
 def measure_exactly(model, tokenizer, examples, accelerator, max_new_tokens, args, problems):
     """log p̂ of the reference answers, and the greedy completions with their confidence, into `problems`."""
-    import common
-
     pad_id = common.pad_token_id(tokenizer)
     batch_size = common.batch_that_fits(examples, max_new_tokens, tokenizer, args.batch_size)
     log_p = common.log_probs_of(model, examples, accelerator, pad_id, batch_size)
@@ -251,16 +280,27 @@ def measure_exactly(model, tokenizer, examples, accelerator, max_new_tokens, arg
         }
 
 
+def beam_search(model, tokenizer, examples, accelerator, max_new_tokens, width=256, kept=16) -> dict:
+    """-> {id: the answers of the `kept` likeliest completions that a beam of `width` finds, the likeliest first}."""
+    how = {"do_sample": False, "num_beams": width, "num_return_sequences": kept, "length_penalty": 0.0}
+    config, found = common.neutral_generation_config(tokenizer, max_new_tokens=max_new_tokens, **how), {}
+    share = common.split_evenly(examples, accelerator)
+    for example in tqdm(share, unit="problem", disable=not accelerator.is_local_main_process):
+        prompt = torch.tensor([example.prompt_ids], device=accelerator.device)
+        with torch.no_grad():
+            ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+        eos, completions = tokenizer.eos_token_id, ids[:, prompt.shape[1] :].tolist()
+        cut = [one[: one.index(eos) + 1] if eos in one else one for one in completions]
+        found[example.id] = [common.read_answer(one, tokenizer, "direct") for one in cut]
+    return {id: answers for part in gather_object([found]) for id, answers in part.items()}
+
+
 def sample_all(args, accelerator, checkpoint, tokenizer, model, examples, template, max_new_tokens, out, data_name):
     """n samples of each problem, counted by distinct answer, so that memory does not grow with n.
 
     -> {id: ({answer: count}, samples without an answer)}. A line a problem is appended to samples-…jsonl as soon as
     its samples are there; what is in such a file of the same checkpoint and settings is not sampled again.
     """
-    from tqdm import tqdm
-
-    import common
-
     asked = (args.split, args.n, args.seed, args.temperature, template, max_new_tokens)
     key = common.seed_of(common.fingerprint(checkpoint), [example.prompt_ids for example in examples], *asked)
     path = out / f"samples-{data_name}-{key}.jsonl"
@@ -296,10 +336,6 @@ def sample_all(args, accelerator, checkpoint, tokenizer, model, examples, templa
 
 
 def start_sampler(args, accelerator, checkpoint, tokenizer, model, examples, max_new_tokens, out):
-    import torch
-
-    import common
-
     if args.engine == "transformers":
         return common.LiveModel(accelerator, model, tokenizer, args.batch_size)
     longest = max(len(example.prompt_ids) for example in examples) + max_new_tokens
@@ -317,17 +353,11 @@ def start_sampler(args, accelerator, checkpoint, tokenizer, model, examples, max
 
 def read_counts(path: Path) -> dict:
     """{id: ({answer: count}, samples without an answer)}."""
-    import common
-
     return {entry["id"]: (entry["answers"], entry["unanswered"]) for entry in common.read_whole_lines(path)}
 
 
 def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
     """Grade what was found and estimate coverage; adds "greedy_right", "right", "mode" and so on to each problem."""
-    import numpy as np
-
-    import common
-
     summary = {}
     if "log_p" in problems[0]:
         verdicts = grader.grade([(golds[problem["id"]], problem["greedy"]) for problem in problems])
@@ -353,6 +383,7 @@ def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
             problem["mode_confidence"] = answers.get(problem["mode"], 0) / args.n
             problem["mode_right"] = bool(answers) and right[golds[problem["id"]], problem["mode"]]
             problem["distinct"] = len(answers)
+            problem.setdefault("ranked", list(answers)[:16])
         c = np.array([problem["right"] for problem in problems])
         summary["sampled"] = {"n": args.n}
         for n in [n for n in curve_ns(args.ns) if n <= args.n]:
@@ -362,15 +393,17 @@ def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
             "confidence": float(np.mean([problem["mode_confidence"] for problem in problems])),
             "accuracy": float(np.mean([problem["mode_right"] for problem in problems])),
         }
+    if args.figure == "12":
+        for problem in problems:
+            problem["ranked_right"] = grader.grade([(golds[problem["id"]], answer) for answer in problem["ranked"]])
+        ranked = [problem["ranked_right"] for problem in problems]
+        at_rank = [[len(right) > rank and right[rank] for right in ranked] for rank in range(max(map(len, ranked)))]
+        summary["ranks"] = [common.mean_and_interval(np.array(verdicts)) for verdicts in at_rank]
     return summary | {"per_problem": problems}
 
 
 def sampling_error(n: int, c, k: int, resamples: int = 500, seed: int = 0) -> float:
     """Standard error of mean pass@k with the problems fixed (the ± of Table 3): a parametric bootstrap over samples."""
-    import numpy as np
-
-    import common
-
     c = np.asarray(c)
     redrawn = np.random.default_rng(seed).binomial(n, c / n, size=(resamples, len(c)))
     return float(common.pass_at_n(n, redrawn, k).mean(1).std())
@@ -395,16 +428,16 @@ def markdown_table(results: list[dict], kind: str, ns: list[int]) -> str:
     return "\n".join(lines)
 
 
-def new_figure(panels: int, columns: int):
-    """-> (figure, the axes of its panels in reading order, which share their y axis)."""
+def new_figure(panels: int, columns: int, share: bool = True):
+    """-> (figure, the axes of its panels in reading order). share: the y axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = math.ceil(panels / columns)
-    size = (5.6, 3.6) if panels == 1 else (2.6 * columns, 2.6 * rows)
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    size = (5.6, 3.6) if panels == 1 else (2.6 * columns, 2.6 * rows) if share else (3.2 * columns, 2.8 * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=share)
     for axis in axes.flat[panels:]:
         axis.set_visible(False)
     return figure, axes.flat[:panels]
@@ -416,25 +449,34 @@ def label_of(result: dict) -> str:
     return loss + "/".join(Path(result["checkpoint"]).parts[-2:])
 
 
-def draw_coverage(results: list[dict], kind: str, path: Path) -> list[Path]:
-    """pass@N over N with 95 % intervals over problems, and the largest at each N: the Pareto envelope (Figure 2a)."""
-    import common
+def markdown_errors(results: list[dict], kind: str, ns: list[int]) -> str:
+    """95 % intervals over problems and, of samples, the standard error with the problems fixed (the ± of Table 3)."""
+    lines = ["| 95 % over problems | " + " | ".join(f"pass@{n}" for n in ns) + " |", "|---" * (len(ns) + 1) + "|"]
+    for result in results:
+        found = [result[kind][n] for n in ns]
+        cells = [f"{100 * one['low']:.1f}-{100 * one['high']:.1f}" for one in found]
+        if kind == "sampled":
+            cells = [
+                f"{cell}, samples ± {100 * one['sampling_error']:.2f}" for cell, one in zip(cells, found, strict=True)
+            ]
+        lines.append(f"| {result['checkpoint']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
-    found, curves = [result for result in results if kind in result], {}
+
+def draw_coverage(results: list[dict], kind: str, highlight: str | None, path: Path) -> list[Path]:
+    """pass@N over N with 95 % intervals over problems, and the largest at each N: the Pareto envelope (Figure 2a)."""
+    found, curves, bold = [result for result in results if kind in result], {}, None
     for result in found:
         label = result["checkpoint"] if label_of(result) in curves else label_of(result)
         curves[label] = {n: value for n, value in result[kind].items() if n != "n"}
+        bold = label if result["checkpoint"] == highlight else bold
     names = "N (samples a problem)", f"pass@N coverage (%), {kind}"
-    return common.draw_curves(curves, *names, path, envelope=len(curves) > 1) if curves else []
+    return common.draw_curves(curves, *names, path, envelope=len(curves) > 1, highlight=bold) if curves else []
 
 
 def draw_confidence(results: list[dict], path: Path) -> list[Path]:
     """Histograms of the confidence in the greedy completion, or in the most frequent answer, right and wrong apart
     (Figures 1 and 3)."""
-    import numpy as np
-
-    import common
-
     kind = "greedy" if all("greedy" in result for result in results) else "mode"
     if not all(kind in result for result in results):
         return []
@@ -452,6 +494,178 @@ def draw_confidence(results: list[dict], path: Path) -> list[Path]:
     axes[0].set_ylabel("problems (%)")
     axes[0].legend(fontsize=8)
     return common.save_figure(figure, path)
+
+
+# ---- Figures that are no evaluation of pass@N ------------------------------------------------------------------------
+
+
+def draw_figure(args):
+    """Compute one of `FIGURES` and write it as PNG, PDF and JSON. A figure is a list of panels, each with a title, its
+    axes' names and curves {label: [(x, y, low, high)]}; low and high are None where there is no interval."""
+    panels = FIGURES[args.figure](args)
+    out = args.out or (default_out(args.checkpoints) if args.checkpoints else Path("runs"))
+    common.make_folder(out)
+    path = out / f"figure-{args.figure}.json"
+    common.write_whole(path, json.dumps(panels) + "\n")
+    print("wrote", ", ".join(map(str, [path, *draw_panels(panels, path.with_suffix(".png"))])))
+
+
+def draw_panels(panels: list[dict], path: Path) -> list[Path]:
+    figure, axes = new_figure(len(panels), min(len(panels), 3), share=False)
+    for axis, panel in zip(axes, panels, strict=True):
+        curves = panel["curves"]
+        for i, (colour, (label, points)) in enumerate(
+            zip(common.colours_for(len(curves)), curves.items(), strict=True)
+        ):
+            xs, ys, lows, highs = zip(*points, strict=True)
+            marker = "osD^vPX"[i % 7] if len(xs) <= 20 else None
+            axis.plot(xs, ys, color=colour, marker=marker, markersize=3.5, linewidth=1.2, label=label)
+            if lows[0] is not None:
+                axis.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0)
+        axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], xscale=panel.get("x_scale", "linear"))
+        axis.set_yscale(panel.get("y_scale", "linear"))
+        axis.title.set_size(8)
+        axis.grid(alpha=0.25)
+        if len(curves) > 1:
+            axis.legend(fontsize=7)
+        if panel.get("zero"):
+            axis.axhline(0, color="0.4", linewidth=0.8)
+        if len(next(iter(curves.values()))) <= 8:
+            axis.set_xticks([x for x, *_ in next(iter(curves.values()))])
+    return common.save_figure(figure, path)
+
+
+def figure_2b(args) -> list[dict]:
+    """The factor by which DCO changes cross-entropy's gradient: it vanishes for p well above 1/N."""
+    p = torch.logspace(-6, 0, 200, dtype=torch.float64)
+    of_n = {f"N = {n}": common.dco_factor(p.log(), n).tolist() for n in args.ns}
+    curves = {label: [(x, y, None, None) for x, y in zip(p.tolist(), f, strict=True)] for label, f in of_n.items()}
+    return [{"title": "", "x": "p(y|x)", "y": "F(N, p)", "x_scale": "log", "curves": curves}]
+
+
+def figure_4(args) -> list[dict]:
+    curves = {}
+    for run in args.checkpoints:
+        path = Path(run) / "metrics.jsonl"
+        if not path.is_file():
+            common.refuse(f"{path} does not exist: Figure 4 takes the folders of runs")
+        steps = [line for _, line in common.read_json_lines(path)]
+        curves[run] = [(step["step"], step["candidates"] - step["accepted"], None, None) for step in steps]
+    return [{"title": "", "x": "step", "y": "discarded samples", "curves": curves}]
+
+
+def upper_bound(n, p1: float, epsilon: float, k: int):
+    """Of an optimal policy's largest confidence (Lemma 4.2, Eq. 13). p1: an answer's largest accuracy; 1 - epsilon: that
+    of the k best together. It holds for k = 2 and is false in general (tests/test_figures.py)."""
+    ratio = ((k - 1) * p1 / (1 - p1 - epsilon)) ** (1 / (n - 1))
+    return 1 - (k - 1) / ((k - 1) * ratio + 1)
+
+
+def lower_bound(n, p1: float, p2: float):
+    """Of the same (Lemma 4.3, Eq. 18), by the two largest accuracies. It holds for at most s + 1 answers, s = (1-p1)/p2
+    rounded up, and must fail for R more as N grows, where the confidence goes to 1/R."""
+    s, ratio = (1 - p1 + p2) / p2, (p1 / p2) ** (1 / (n - 1))
+    return 1 - s / (s * ratio + 1)
+
+
+def figure_11(args) -> list[dict]:
+    ns = [1.01 * 1.05**i for i in range(120)]
+    bounds = {
+        "upper, Lemma 4.2": lambda n: upper_bound(n, 0.5, 0.25, 2),
+        "lower, Lemma 4.3": lambda n: lower_bound(n, 0.5, 0.25),
+    }
+    curves = {label: [(n, bound(n), None, None) for n in ns] for label, bound in bounds.items()}
+    return [
+        {"title": "p1 = 1/2, p2 = 1/4, k = 2", "x": "N", "y": "largest confidence", "x_scale": "log", "curves": curves}
+    ]
+
+
+def figure_12(results: list[dict]) -> dict:
+    """Accuracy of the likeliest completions by rank (beam search), or of the most frequent answers."""
+    rate = {
+        label_of(result): [
+            (k, *(100 * one[name] for name in ("pass", "low", "high"))) for k, one in enumerate(result["ranks"], 1)
+        ]
+        for result in results
+    }
+    return {"title": "", "x": "rank of confidence", "y": "right (%)", "curves": rate}
+
+
+def of_first_epoch(args):
+    """Of each checkpoint within the first epoch: -> (its label, model, tokenizer, accelerator, {difficulty level: the
+    training examples that it has not seen}, the test examples)."""
+    accelerator = common.make_accelerator()
+    for checkpoint in args.checkpoints:
+        record = common.read_record(checkpoint)
+        if "seen_ids" not in record:
+            common.refuse(f"{checkpoint} does not say what it has seen: train with --checkpoint-at 0.11 0.86")
+        tokenizer, data, levels = common.load_tokenizer(checkpoint), args.data or record["data"], {}
+        rows, split = common.load_problems(data, "train"), {}
+        for name in ("train", "test"):
+            found = rows if name == "train" else common.load_problems(data, "test")
+            split[name], _ = common.encode(found, tokenizer, "direct", common.longest_context(checkpoint))
+        seen = set(record["seen_ids"])
+        for example in [example for example in split["train"] if example.id not in seen]:
+            levels.setdefault(rows[example.id].get("level", 0), []).append(example)
+        if not levels:
+            common.refuse(f"{data}: {checkpoint} has seen all of it")
+        model = common.load_model(checkpoint, tokenizer)[0].eval().to(accelerator.device)
+        label = f"{label_of({'checkpoint': checkpoint, 'n_prime': None})} ({record['epoch']}. epoch)"
+        yield label, model, tokenizer, accelerator, dict(sorted(levels.items())), split["test"]
+
+
+def gradient(model, examples, tokenizer, accelerator, n: float) -> list:
+    """Of Σ ℓ_DCO^n over the examples: a tensor for each parameter."""
+    model.zero_grad()
+    size = common.batch_that_fits(examples, 1, tokenizer, 64)
+    for i in range(0, len(examples), size):
+        batch = common.collate(examples[i : i + size], common.pad_token_id(tokenizer), accelerator.device)
+        common.dco_loss(common.completion_log_probs(model, batch), n).sum().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def along_step(of_test: list, model, batch, tokenizer, accelerator) -> float:
+    """∇_g of the loss whose gradient is `of_test`, along the step g = -Σ ∇ℓ_CE over the batch: their inner product."""
+    step = gradient(model, batch, tokenizer, accelerator, 1)
+    return -sum((a * b).sum().item() for a, b in zip(of_test, step, strict=True))
+
+
+def figure_5(args, n: float = 256) -> list[dict]:
+    """∇_g of the test loss Σ ℓ_DCO^n along a step of cross-entropy on unseen training data, by difficulty: below 0, such
+    data lower the test loss. Mean and standard deviation over batches of as many examples at each level, an example."""
+    panels = []
+    for label, model, tokenizer, accelerator, levels, test in of_first_epoch(args):
+        of_test, points = gradient(model, test, tokenizer, accelerator, n), []
+        size = max(1, min(64, min(map(len, levels.values())) // 4))  # four batches or more, if there are four examples
+        for level, unseen in levels.items():
+            batches = [unseen[i : i + size] for i in range(0, len(unseen) - size + 1, size)][:16]
+            found = [along_step(of_test, model, batch, tokenizer, accelerator) / size for batch in batches]
+            mean, spread = float(np.mean(found)), float(np.std(found))
+            points.append((level, mean, mean - spread, mean + spread))
+        names = {"x": "difficulty level", "y": f"∇_g of the test loss (N = {n:g})"}
+        panels.append({"title": f"{label}, batches of {size}", **names, "zero": True, "curves": {"": points}})
+    return panels
+
+
+def figure_13(args, n: float = 256) -> list[dict]:
+    """Confidence and F by difficulty on unseen training data: the median and the quartiles."""
+    panels = []
+    for label, model, tokenizer, accelerator, levels, _ in of_first_epoch(args):
+        found = {"p(y|x)": [], f"F({n:g}, p)": []}
+        for level, unseen in levels.items():
+            size = common.batch_that_fits(unseen, 1, tokenizer, 64)
+            log_p = common.log_probs_of(model, unseen, accelerator, common.pad_token_id(tokenizer), size)
+            for points, values in zip(found.values(), (log_p.exp(), common.dco_factor(log_p, n)), strict=True):
+                low, median, high = values.quantile(values.new_tensor([0.25, 0.5, 0.75])).tolist()
+                points.append((level, median, low, high))
+        for name, points in found.items():
+            names = {"x": "difficulty level", "y": f"{name}: median and quartiles"}
+            scale = {"y_scale": "log" if name == "p(y|x)" else "linear"}
+            panels.append({"title": label, **names, **scale, "curves": {"": points}})
+    return panels
+
+
+FIGURES = {"2b": figure_2b, "4": figure_4, "5": figure_5, "11": figure_11, "12": None, "13": figure_13}
 
 
 if __name__ == "__main__":
