@@ -677,34 +677,62 @@ def colours_for(count: int):
     return palette[:count] if count <= len(palette) else [colormaps["cividis"](i / (count - 1)) for i in range(count)]
 
 
-def draw_curves(
-    curves: dict, x_label: str, y_label: str, path: Path, envelope: bool = False, highlight: str | None = None
-) -> list[Path]:
-    """curves: {label: {N: {"pass", "low", "high"}}}, in percent over N, with their intervals. envelope: the largest at
-    each N as well. highlight: the label of the one curve that is not to be faint."""
+def new_figure(panels: int, columns: int, share: bool = False):
+    """-> (figure, the axes of its panels in reading order). share: the y axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(5.6, 3.6), layout="constrained")
-    ns = list(next(iter(curves.values())))
-    if envelope:
-        largest = [100 * max(curve[n]["pass"] for curve in curves.values()) for n in ns]
-        axis.plot(ns, largest, color="0.8", linewidth=7, solid_capstyle="round", label="Pareto envelope")
-    for i, (colour, (label, curve)) in enumerate(zip(colours_for(len(curves)), curves.items(), strict=True)):
-        middle, low, high = ([100 * curve[n][name] for n in ns] for name in ("pass", "low", "high"))
-        strength = 1 if highlight in (None, label) else 0.3
-        axis.plot(ns, middle, color=colour, marker="osD^vPX"[i % 7], markersize=3.5, label=label, alpha=strength)
-        axis.fill_between(ns, low, high, color=colour, alpha=0.12 * strength, linewidth=0)
-    axis.set_xscale("log", base=4)
-    ticks = [n for n in ns if math.log(n, 4).is_integer()]
-    axis.set_xticks(ticks, [f"{n}" for n in ticks])
-    axis.set_ylim(0, 100)
-    axis.set_xlabel(x_label)
-    axis.set_ylabel(y_label)
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=7)
+    rows = math.ceil(panels / columns)
+    size = (5.6, 3.6) if panels == 1 else (2.6 * columns, 2.6 * rows) if share else (3.2 * columns, 2.8 * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=share)
+    for axis in axes.flat[panels:]:
+        axis.set_visible(False)
+    return figure, axes.flat[:panels]
+
+
+def coverage_panel(curves: dict, x: str, y: str, **more) -> dict:
+    """For `draw_panels`, of {label: {N: {"pass", "low", "high"}}}: percent over N, with intervals."""
+    points = {
+        label: [(n, *(100 * value[name] for name in ("pass", "low", "high"))) for n, value in curve.items()]
+        for label, curve in curves.items()
+    }
+    return {"x": x, "y": y, "curves": points, "log_base": 4, "y_limits": (0, 100), **more}
+
+
+def draw_panels(panels: list[dict], path: Path) -> list[Path]:
+    """A panel: "x", "y" (names of its axes), "curves" {label: [(x, y, low, high)]}, low and high None where there is no
+    interval; and, if wanted, "title", "log_base" (of x), "y_scale", "y_limits", "zero" (a line there), "envelope" (the
+    largest y at each x as well), "highlight" (the label of the one curve that is not to be faint)."""
+    figure, axes = new_figure(len(panels), min(len(panels), 3))
+    for axis, panel in zip(axes, panels, strict=True):
+        curves = panel["curves"]
+        xs = [x for x, *_ in next(iter(curves.values()))]
+        if panel.get("envelope"):
+            largest = [max(y for _, y, *_ in points) for points in zip(*curves.values(), strict=True)]
+            axis.plot(xs, largest, color="0.8", linewidth=7, solid_capstyle="round", label="Pareto envelope")
+        for i, (colour, (label, points)) in enumerate(zip(colours_for(len(curves)), curves.items(), strict=True)):
+            own, ys, lows, highs = zip(*points, strict=True)
+            look = {"color": colour, "alpha": 1 if panel.get("highlight") in (None, label) else 0.3}
+            marker = "osD^vPX"[i % 7] if len(own) <= 20 else None
+            axis.plot(own, ys, **look, marker=marker, markersize=3.5, linewidth=1.4, label=label)
+            if lows[0] is not None:
+                axis.fill_between(own, lows, highs, color=colour, alpha=0.12 * look["alpha"], linewidth=0)
+        if base := panel.get("log_base"):
+            axis.set_xscale("log", base=base)
+            ticks = [x for x in xs if math.log(x, base).is_integer()]
+            axis.set_xticks(*(ticks, [f"{x:g}" for x in ticks]) if base == 4 else (axis.get_xticks(),))
+        elif len(xs) <= 8:
+            axis.set_xticks(xs)
+        axis.set(xlabel=panel["x"], ylabel=panel["y"], yscale=panel.get("y_scale", "linear"))
+        axis.set(ylim=panel.get("y_limits"))
+        axis.set_title(panel.get("title", ""), fontsize=8)
+        axis.grid(alpha=0.25)
+        if panel.get("zero"):
+            axis.axhline(0, color="0.4", linewidth=0.8)
+        if len(curves) > 1 or next(iter(curves)):
+            axis.legend(fontsize=7)
     return save_figure(figure, path)
 
 

@@ -47,9 +47,7 @@ def parse_arguments(argv=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "checkpoints", nargs="*", metavar="CHECKPOINT", help="folders that training wrote, or hub names"
-    )
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="what training wrote, or hub names")
     parser.add_argument(
         "--figure",
         choices=["2b", "4", "5", "11", "12", "13"],
@@ -57,9 +55,7 @@ def parse_arguments(argv=None):
     )
     parser.add_argument("--highlight", metavar="CHECKPOINT", help="in the figure of pass@N, as in Figures 6 and 10")
     what = parser.add_argument_group("what is measured")
-    what.add_argument(
-        "--data", help="folder, file of JSON lines or hub name (default: what the checkpoint was trained on)"
-    )
+    what.add_argument("--data", help="folder, file of JSON lines or hub name (default: what was trained on)")
     what.add_argument("--split", default="test", help="paper: test, 500 problems of MATH")
     what.add_argument("--ns", help=f"the table's N, by commas (paper: {TABLE_NS}; up to --n)")
     sampling = parser.add_argument_group("sampling")
@@ -85,9 +81,7 @@ def parse_arguments(argv=None):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if args.n and args.n < args.ns[-1]:
-        parser.error(
-            f"pass@{args.ns[-1]} cannot be estimated from {args.n} samples: raise --n, or give --ns up to {args.n}"
-        )
+        parser.error(f"pass@{args.ns[-1]} cannot be estimated from {args.n} samples: raise --n, or lower --ns")
     if not args.checkpoints and args.figure not in ("2b", "11"):
         parser.error("give a checkpoint, or several" if args.figure != "4" else "give a run's folder, or several")
     if args.highlight not in (None, *args.checkpoints):
@@ -153,20 +147,14 @@ def main(argv=None):
             model, _ = common.load_model(checkpoint, tokenizer, dtype, **({"device_map": "auto"} if spread else {}))
             model = model.eval() if spread else model.eval().to(accelerator.device)
 
-        result = {
-            "checkpoint": checkpoint,
-            "template": template,
-            "max_new_tokens": max_new_tokens,
-            "n_prime": record.get("n_prime"),
-            "too_long": dropped,
-        }
+        result = {"checkpoint": checkpoint, "template": template, "max_new_tokens": max_new_tokens}
+        result |= {"n_prime": record.get("n_prime"), "too_long": dropped}
         # One entry a problem; what is measured of it is added to it below.
         problems = {row["id"]: {"id": row["id"], "level": row.get("level")} for row in rows}
         if template == "direct":
             measure_exactly(model, tokenizer, examples, accelerator, max_new_tokens, args, problems)
             if args.figure == "12":
-                ranked = beam_search(model, tokenizer, examples, accelerator, max_new_tokens)
-                for id, answers in ranked.items():
+                for id, answers in beam_search(model, tokenizer, examples, accelerator, max_new_tokens).items():
                     problems[id]["ranked"] = answers
         if args.n and args.engine == "vllm":  # which gets the GPU's memory to itself
             model = None
@@ -174,9 +162,8 @@ def main(argv=None):
             torch.cuda.empty_cache()
 
         if args.n:
-            counts = sample_all(
-                args, accelerator, checkpoint, tokenizer, model, examples, template, max_new_tokens, out, data_name
-            )
+            how = (template, max_new_tokens, out, data_name)
+            counts = sample_all(args, accelerator, checkpoint, tokenizer, model, examples, *how)
             for id, (answers, unanswered) in counts.items():
                 problems[id] |= {"answers": answers, "unanswered": unanswered}
         if accelerator.is_main_process:
@@ -192,22 +179,17 @@ def main(argv=None):
                 how += f", temperature {args.temperature:g}" if kind == "sampled" and args.temperature != 1 else ""
                 print(f"\npass@N in percent, {how}\n\n{markdown_table(measured, kind, args.ns)}")
                 print(f"\n{markdown_errors(measured, kind, args.ns)}")
-        report = {
-            "data": data,
-            "split": args.split,
-            "problems": len(rows),
-            "ns": args.ns,
-            "arguments": {name: str(value) for name, value in vars(args).items()},
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "checkpoints": results,
-        }
+        report = {"data": data, "split": args.split, "problems": len(rows), "ns": args.ns}
+        report["arguments"] = {name: str(value) for name, value in vars(args).items()}
+        report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+        report["checkpoints"] = results
         path = out / f"passn-{data_name}.json"
         common.write_whole(path, json.dumps(report) + "\n")
         figures = draw_coverage(results, "exact", args.highlight, out / f"passn-{data_name}.png")
         path_of_sampled = out / f"passn-{data_name}{'-sampled' * bool(figures)}.png"
         figures += draw_coverage(results, "sampled", args.highlight, path_of_sampled)
         if args.figure == "12":
-            figures += draw_panels([figure_12(results)], out / f"figure-12-{data_name}.png")
+            figures += common.draw_panels([figure_12(results)], out / f"figure-12-{data_name}.png")
         figures += draw_confidence(results, out / f"confidence-{data_name}.png")
         print("\nwrote", ", ".join(map(str, [path, *figures])))
     common.end(accelerator)
@@ -340,15 +322,9 @@ def start_sampler(args, accelerator, checkpoint, tokenizer, model, examples, max
         return common.LiveModel(accelerator, model, tokenizer, args.batch_size)
     longest = max(len(example.prompt_ids) for example in examples) + max_new_tokens
     spread = spread_over_gpus(checkpoint, accelerator)
-    return common.VLLMEngines(
-        accelerator,
-        checkpoint,
-        tokenizer,
-        max_length=min(longest, common.longest_context(checkpoint)),
-        logs=out,
-        memory=args.gpu_memory,
-        gpus=args.gpus_per_engine or (torch.cuda.device_count() if spread else 1),
-    )
+    gpus = args.gpus_per_engine or (torch.cuda.device_count() if spread else 1)
+    how = {"max_length": min(longest, common.longest_context(checkpoint)), "memory": args.gpu_memory, "gpus": gpus}
+    return common.VLLMEngines(accelerator, checkpoint, tokenizer, logs=out, **how)
 
 
 def read_counts(path: Path) -> dict:
@@ -395,7 +371,8 @@ def summarise(problems: list[dict], golds: dict, grader, args) -> dict:
         }
     if args.figure == "12":
         for problem in problems:
-            problem["ranked_right"] = grader.grade([(golds[problem["id"]], answer) for answer in problem["ranked"]])
+            asked = [(golds[problem["id"]], answer) for answer in problem.get("ranked", [])]
+            problem["ranked_right"] = grader.grade(asked)
         ranked = [problem["ranked_right"] for problem in problems]
         at_rank = [[len(right) > rank and right[rank] for right in ranked] for rank in range(max(map(len, ranked)))]
         summary["ranks"] = [common.mean_and_interval(np.array(verdicts)) for verdicts in at_rank]
@@ -428,21 +405,6 @@ def markdown_table(results: list[dict], kind: str, ns: list[int]) -> str:
     return "\n".join(lines)
 
 
-def new_figure(panels: int, columns: int, share: bool = True):
-    """-> (figure, the axes of its panels in reading order). share: the y axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = math.ceil(panels / columns)
-    size = (5.6, 3.6) if panels == 1 else (2.6 * columns, 2.6 * rows) if share else (3.2 * columns, 2.8 * rows)
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=share)
-    for axis in axes.flat[panels:]:
-        axis.set_visible(False)
-    return figure, axes.flat[:panels]
-
-
 def label_of(result: dict) -> str:
     """N' where it is known, and the last two parts of the path."""
     loss = {None: "", 1: "CE, "}.get(result["n_prime"], f"N' = {result['n_prime'] or 0:g}, ")
@@ -456,9 +418,7 @@ def markdown_errors(results: list[dict], kind: str, ns: list[int]) -> str:
         found = [result[kind][n] for n in ns]
         cells = [f"{100 * one['low']:.1f}-{100 * one['high']:.1f}" for one in found]
         if kind == "sampled":
-            cells = [
-                f"{cell}, samples ± {100 * one['sampling_error']:.2f}" for cell, one in zip(cells, found, strict=True)
-            ]
+            cells = [cells[i] + f", samples ± {100 * one['sampling_error']:.2f}" for i, one in enumerate(found)]
         lines.append(f"| {result['checkpoint']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -470,8 +430,8 @@ def draw_coverage(results: list[dict], kind: str, highlight: str | None, path: P
         label = result["checkpoint"] if label_of(result) in curves else label_of(result)
         curves[label] = {n: value for n, value in result[kind].items() if n != "n"}
         bold = label if result["checkpoint"] == highlight else bold
-    names = "N (samples a problem)", f"pass@N coverage (%), {kind}"
-    return common.draw_curves(curves, *names, path, envelope=len(curves) > 1, highlight=bold) if curves else []
+    names, more = ("N (samples a problem)", f"pass@N coverage (%), {kind}"), {"envelope": len(curves) > 1}
+    return common.draw_panels([common.coverage_panel(curves, *names, highlight=bold, **more)], path) if curves else []
 
 
 def draw_confidence(results: list[dict], path: Path) -> list[Path]:
@@ -480,7 +440,8 @@ def draw_confidence(results: list[dict], path: Path) -> list[Path]:
     kind = "greedy" if all("greedy" in result for result in results) else "mode"
     if not all(kind in result for result in results):
         return []
-    figure, axes = new_figure(len(results), math.ceil(len(results) / math.ceil(len(results) / 4)))
+    columns = math.ceil(len(results) / math.ceil(len(results) / 4))
+    figure, axes = common.new_figure(len(results), columns, share=True)
     bins = np.linspace(0, 1, 21)
     for axis, result in zip(axes, results, strict=True):
         problems = result["per_problem"]
@@ -500,39 +461,15 @@ def draw_confidence(results: list[dict], path: Path) -> list[Path]:
 
 
 def draw_figure(args):
-    """Compute one of `FIGURES` and write it as PNG, PDF and JSON. A figure is a list of panels, each with a title, its
-    axes' names and curves {label: [(x, y, low, high)]}; low and high are None where there is no interval."""
+    """Compute one of `FIGURES`, a list of panels as `common.draw_panels` takes them; write it as PNG, PDF and JSON."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        common.refuse(f"--figure {args.figure} is drawn by one process: start it with python")
     panels = FIGURES[args.figure](args)
     out = args.out or (default_out(args.checkpoints) if args.checkpoints else Path("runs"))
     common.make_folder(out)
     path = out / f"figure-{args.figure}.json"
     common.write_whole(path, json.dumps(panels) + "\n")
-    print("wrote", ", ".join(map(str, [path, *draw_panels(panels, path.with_suffix(".png"))])))
-
-
-def draw_panels(panels: list[dict], path: Path) -> list[Path]:
-    figure, axes = new_figure(len(panels), min(len(panels), 3), share=False)
-    for axis, panel in zip(axes, panels, strict=True):
-        curves = panel["curves"]
-        for i, (colour, (label, points)) in enumerate(
-            zip(common.colours_for(len(curves)), curves.items(), strict=True)
-        ):
-            xs, ys, lows, highs = zip(*points, strict=True)
-            marker = "osD^vPX"[i % 7] if len(xs) <= 20 else None
-            axis.plot(xs, ys, color=colour, marker=marker, markersize=3.5, linewidth=1.2, label=label)
-            if lows[0] is not None:
-                axis.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0)
-        axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], xscale=panel.get("x_scale", "linear"))
-        axis.set_yscale(panel.get("y_scale", "linear"))
-        axis.title.set_size(8)
-        axis.grid(alpha=0.25)
-        if len(curves) > 1:
-            axis.legend(fontsize=7)
-        if panel.get("zero"):
-            axis.axhline(0, color="0.4", linewidth=0.8)
-        if len(next(iter(curves.values()))) <= 8:
-            axis.set_xticks([x for x, *_ in next(iter(curves.values()))])
-    return common.save_figure(figure, path)
+    print("wrote", ", ".join(map(str, [path, *common.draw_panels(panels, path.with_suffix(".png"))])))
 
 
 def figure_2b(args) -> list[dict]:
@@ -540,7 +477,7 @@ def figure_2b(args) -> list[dict]:
     p = torch.logspace(-6, 0, 200, dtype=torch.float64)
     of_n = {f"N = {n}": common.dco_factor(p.log(), n).tolist() for n in args.ns}
     curves = {label: [(x, y, None, None) for x, y in zip(p.tolist(), f, strict=True)] for label, f in of_n.items()}
-    return [{"title": "", "x": "p(y|x)", "y": "F(N, p)", "x_scale": "log", "curves": curves}]
+    return [{"x": "p(y|x)", "y": "F(N, p)", "log_base": 10, "curves": curves}]
 
 
 def figure_4(args) -> list[dict]:
@@ -551,12 +488,12 @@ def figure_4(args) -> list[dict]:
             common.refuse(f"{path} does not exist: Figure 4 takes the folders of runs")
         steps = [line for _, line in common.read_json_lines(path)]
         curves[run] = [(step["step"], step["candidates"] - step["accepted"], None, None) for step in steps]
-    return [{"title": "", "x": "step", "y": "discarded samples", "curves": curves}]
+    return [{"x": "step", "y": "discarded samples", "curves": curves}]
 
 
 def upper_bound(n, p1: float, epsilon: float, k: int):
-    """Of an optimal policy's largest confidence (Lemma 4.2, Eq. 13). p1: an answer's largest accuracy; 1 - epsilon: that
-    of the k best together. It holds for k = 2 and is false in general (tests/test_figures.py)."""
+    """Of an optimal policy's largest confidence (Lemma 4.2, Eq. 13). p1: an answer's largest accuracy; 1 - epsilon:
+    that of the k best together. It holds for k = 2 and is false in general (tests/test_figures.py)."""
     ratio = ((k - 1) * p1 / (1 - p1 - epsilon)) ** (1 / (n - 1))
     return 1 - (k - 1) / ((k - 1) * ratio + 1)
 
@@ -576,19 +513,15 @@ def figure_11(args) -> list[dict]:
     }
     curves = {label: [(n, bound(n), None, None) for n in ns] for label, bound in bounds.items()}
     return [
-        {"title": "p1 = 1/2, p2 = 1/4, k = 2", "x": "N", "y": "largest confidence", "x_scale": "log", "curves": curves}
+        {"title": "p1 = 1/2, p2 = 1/4, k = 2", "x": "N", "y": "largest confidence", "log_base": 10, "curves": curves}
     ]
 
 
 def figure_12(results: list[dict]) -> dict:
     """Accuracy of the likeliest completions by rank (beam search), or of the most frequent answers."""
-    rate = {
-        label_of(result): [
-            (k, *(100 * one[name] for name in ("pass", "low", "high"))) for k, one in enumerate(result["ranks"], 1)
-        ]
-        for result in results
-    }
-    return {"title": "", "x": "rank of confidence", "y": "right (%)", "curves": rate}
+    curves = {label_of(result): dict(enumerate(result["ranks"], 1)) for result in results}
+    panel = common.coverage_panel(curves, "rank of confidence", "right (%)")
+    return {name: panel[name] for name in ("x", "y", "curves")}
 
 
 def of_first_epoch(args):
@@ -600,18 +533,15 @@ def of_first_epoch(args):
         if "seen_ids" not in record:
             common.refuse(f"{checkpoint} does not say what it has seen: train with --checkpoint-at 0.11 0.86")
         tokenizer, data, levels = common.load_tokenizer(checkpoint), args.data or record["data"], {}
-        rows, split = common.load_problems(data, "train"), {}
-        for name in ("train", "test"):
-            found = rows if name == "train" else common.load_problems(data, "test")
-            split[name], _ = common.encode(found, tokenizer, "direct", common.longest_context(checkpoint))
-        seen = set(record["seen_ids"])
-        for example in [example for example in split["train"] if example.id not in seen]:
+        rows, how = common.load_problems(data, "train"), (tokenizer, "direct", common.longest_context(checkpoint))
+        seen, test = set(record["seen_ids"]), common.encode(common.load_problems(data, "test"), *how)[0]
+        for example in [example for example in common.encode(rows, *how)[0] if example.id not in seen]:
             levels.setdefault(rows[example.id].get("level", 0), []).append(example)
         if not levels:
             common.refuse(f"{data}: {checkpoint} has seen all of it")
         model = common.load_model(checkpoint, tokenizer)[0].eval().to(accelerator.device)
         label = f"{label_of({'checkpoint': checkpoint, 'n_prime': None})} ({record['epoch']}. epoch)"
-        yield label, model, tokenizer, accelerator, dict(sorted(levels.items())), split["test"]
+        yield label, model, tokenizer, accelerator, dict(sorted(levels.items())), test
 
 
 def gradient(model, examples, tokenizer, accelerator, n: float) -> list:
@@ -631,8 +561,8 @@ def along_step(of_test: list, model, batch, tokenizer, accelerator) -> float:
 
 
 def figure_5(args, n: float = 256) -> list[dict]:
-    """∇_g of the test loss Σ ℓ_DCO^n along a step of cross-entropy on unseen training data, by difficulty: below 0, such
-    data lower the test loss. Mean and standard deviation over batches of as many examples at each level, an example."""
+    """∇_g of the test loss Σ ℓ_DCO^n along a step of cross-entropy on unseen training data, by difficulty: below 0,
+    such data lower the test loss. An example's share; mean and standard deviation over equally large batches."""
     panels = []
     for label, model, tokenizer, accelerator, levels, test in of_first_epoch(args):
         of_test, points = gradient(model, test, tokenizer, accelerator, n), []
@@ -642,8 +572,8 @@ def figure_5(args, n: float = 256) -> list[dict]:
             found = [along_step(of_test, model, batch, tokenizer, accelerator) / size for batch in batches]
             mean, spread = float(np.mean(found)), float(np.std(found))
             points.append((level, mean, mean - spread, mean + spread))
-        names = {"x": "difficulty level", "y": f"∇_g of the test loss (N = {n:g})"}
-        panels.append({"title": f"{label}, batches of {size}", **names, "zero": True, "curves": {"": points}})
+        names = {"title": f"{label}, batches of {size}", "x": "difficulty level"}
+        panels.append({**names, "y": f"∇_g of the test loss (N = {n:g})", "zero": True, "curves": {"": points}})
     return panels
 
 
@@ -659,9 +589,8 @@ def figure_13(args, n: float = 256) -> list[dict]:
                 low, median, high = values.quantile(values.new_tensor([0.25, 0.5, 0.75])).tolist()
                 points.append((level, median, low, high))
         for name, points in found.items():
-            names = {"x": "difficulty level", "y": f"{name}: median and quartiles"}
-            scale = {"y_scale": "log" if name == "p(y|x)" else "linear"}
-            panels.append({"title": label, **names, **scale, "curves": {"": points}})
+            names = {"title": label, "x": "difficulty level", "y": f"{name}: median and quartiles"}
+            panels.append({**names, "y_scale": "log" if name == "p(y|x)" else "linear", "curves": {"": points}})
     return panels
 
 

@@ -817,7 +817,11 @@ def report(args, runs, theorems):
     header += "walks | passes unfinished | timeouts | crashes | replays failed |"
     print("\n" + "\n".join([header, "|---" * 8 + "|", *lines]))
     names = "N (passes a theorem and model)", "theorems proved (%)"
-    figures = [] if args.stop_at_first else common.draw_curves(rows["paper"], *names, args.out / "success.png")
+    figures = (
+        []
+        if args.stop_at_first
+        else common.draw_panels([common.coverage_panel(rows["paper"], *names)], args.out / "success.png")
+    )
     file = args.out / "prove.json"
     arguments = {name: str(value) for name, value in vars(args).items()}
     common.write_whole(file, json.dumps({"theorems": len(order), "arguments": arguments, **rows}) + "\n")
