@@ -2,14 +2,21 @@
 refused beforehand about memory and disk."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, free_port, run_script
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+
+import common
+import train_direct
 
 LR, WARMUP, CLIP = 1e-3, 4, 6.5  # some steps are clipped, and a wrong factor shows in those that are not
 ROWS, BATCH = 61, 8  # nothing divides anything
@@ -183,3 +190,145 @@ def test_split_weights_are_gathered_one_after_the_other_into_the_main_process(ba
         assert halves[0].numel() == halves[1].numel() == weight.numel() / 2
         assert torch.equal(torch.cat(halves).view(weight.shape), weight)
         assert not torch.equal(weight, untrained[name])
+
+
+# What is said beforehand: --dry-run
+
+
+SHAPES = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def count_parameters(name):
+    h, i, layers, heads = SHAPES[name].values()
+    return 2 * 128256 * h + layers * (2 * h * h + 2 * h * (8 * h // heads) + 3 * h * i + 2 * h) + h
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Folders of Llama-3's shapes, without weights."""
+    folder = tmp_path_factory.mktemp("shapes")
+    for name, shape in SHAPES.items():
+        config = LlamaConfig(**shape, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192)
+        config.save_pretrained(folder / name)
+        for file in (ROOT / "examples/tiny_llama").glob("*token*"):
+            shutil.copy(file, folder / name)
+    return folder
+
+
+@pytest.fixture
+def dry_run(shapes, tmp_path, capsys, monkeypatch):
+    """-> a function: (exit code, what was printed, the sizes in it by name)."""
+
+    def run(shape, *flags, free=2**60):
+        monkeypatch.setattr(common.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        for way in ("from_pretrained", "from_config"):  # only ever without storage
+            made = getattr(AutoModelForCausalLM, way)
+
+            def watched(*arguments, made=made, **settings):
+                model = made(*arguments, **settings)
+                assert all(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())
+                return model
+
+            monkeypatch.setattr(AutoModelForCausalLM, way, watched)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            train_direct.main(["--model", str(shapes / shape), "--out", str(tmp_path / "out/run"), *map(str, flags)])
+        assert not (tmp_path / "out").exists()
+        printed = "".join(capsys.readouterr())
+        found = re.findall(r"([a-z][a-z ]*?) ([\d.]+) ([MGT]iB)", printed)
+        return (
+            end.value.code,
+            printed,
+            {name.split("  ")[-1].strip(): float(size) * UNITS[unit] for name, size, unit in found},
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "shape, machine, flags, code, zero",
+    [
+        ("8B", "8x80", [], 0, 2),
+        ("8B", "1x80", ["--zero", 0], 1, 0),
+        ("70B", "8x80", [], 1, 3),
+        ("70B", "8x141", ["--gradient-checkpointing"], 1, 3),
+        ("70B", "8x141", ["--gradient-checkpointing", "--offload"], 0, 3),
+        ("70B", "16x141", [], 0, 3),
+    ],
+)
+def test_a_dry_run_says_what_fits_and_why(shape, machine, flags, code, zero, dry_run):
+    ended, printed, sizes = dry_run(shape, "--dry-run", machine, *flags)
+    n, gpus = count_parameters(shape), int(machine.partition("x")[0])
+    assert ended == code, printed
+    assert f"ZeRO-{zero}" in printed and ("DOES NOT FIT" in printed) == (code == 1)
+    offload, split = "--offload" in flags, gpus if zero else 1
+    expected = {"weights": n * (2 if zero else 4) / (gpus if zero == 3 else 1)}
+    if offload:
+        expected["and"] = 16 * n / gpus
+    else:
+        expected |= {"gradients": 4 * n / split, "optimizer states": (12 if zero else 8) * n / split}
+    expected |= {"two states of": (14 if zero else 12) * n, "checkpoints of": 2 * n}
+    for name, size in expected.items():
+        assert sizes[name] == pytest.approx(size, rel=0.02), name  # they have one decimal
+    assert ("gradients" in sizes) == ("optimizer states" in sizes) == (not offload)
+    of_gpu = ("weights", "gradients", "optimizer states", "buffers", "activations", "logits")
+    assert sizes["about"] == pytest.approx(sum(sizes.get(name, 0) for name in of_gpu), rel=0.02)
+    count, disk = re.search(r"(\d+) checkpoints of [^:]*: ([\d.]+ .iB)", printed).groups()
+    disk = float(disk[:-4]) * UNITS[disk[-3:]]
+    assert disk == pytest.approx(2 * sizes["two states of"] + int(count) * sizes["checkpoints of"], rel=0.03)
+
+
+def test_a_dry_run_fails_for_the_disk_too(dry_run):
+    code, printed, _ = dry_run("8B", "--dry-run", "8x80", free=2**36)
+    assert code == 1 and "DOES NOT FIT" not in printed and "NOT ENOUGH" in printed
+
+
+def test_a_dry_run_of_what_it_does_not_understand_is_refused(dry_run):
+    code, printed, _ = dry_run("8B", "--dry-run", "8by80")
+    assert code == 2 and "error: --dry-run takes GPUS x GB, as in 8x80, or nothing; not 8by80" in printed
+
+
+def test_activations_that_cannot_be_counted_are_unknown_and_no_more(dry_run, monkeypatch):
+    def fail(*arguments):
+        raise NotImplementedError("no such kernel")
+
+    monkeypatch.setattr(common, "bytes_of_activations", fail)
+    code, printed, sizes = dry_run("8B", "--dry-run", "8x80")
+    assert code == 0 and "activations unknown (no such kernel)" in printed and "activations" not in sizes
+
+
+def kept(config, tokens, checkpointing):
+    """The bytes that autograd really keeps of a sequence after a forward."""
+    model, found = AutoModelForCausalLM.from_config(config).train(), {}
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.arange(tokens)[None]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(ids, torch.ones_like(ids), position_ids=ids, use_cache=False, logits_to_keep=1).logits
+        loss = logits.logsumexp(-1).sum()
+    assert loss.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in found.items() if key not in own)
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config])
+def test_activations_are_what_autograd_keeps(kind, tied, layers):
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = kind(vocab_size=118, num_hidden_layers=layers, tie_word_embeddings=tied, **sizes)
+    plain, checkpointed = (kept(config, 96, checkpointing) for checkpointing in (False, True))
+    assert common.bytes_of_activations(config, torch.float32, 96, False) == pytest.approx(plain, rel=0.15)
+    # On the way back, one layer is computed once more and kept as a whole.
+    peak = checkpointed + (plain - checkpointed) / layers
+    assert common.bytes_of_activations(config, torch.float32, 96, True) == pytest.approx(peak, rel=0.15)
+    assert config.num_hidden_layers == layers
