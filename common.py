@@ -1269,8 +1269,9 @@ class TrainingState:
     def restore(self) -> tuple[int, int, str]:
         """With --resume, return to the last state, if there is one. -> its step, how many steps were clipped, the last
         checkpoint."""
-        if not (self.args.out / "args.json").is_file():
-            raise RuntimeError(f"--out {self.args.out} of the main process is not seen here: use a disk that all share")
+        seen = torch.tensor([float((self.args.out / "args.json").is_file())], device=self.accelerator.device)
+        if not self.accelerator.gather(seen).all():  # all know: who waits for one that has left may wait for long
+            refuse("not all processes see the --out of the main process: name the same on all nodes, on a shared disk")
         states = self.states() if self.args.resume else []
         clipped, checkpoint = 0, "none"
         if states:
