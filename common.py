@@ -1240,7 +1240,6 @@ def writing(folder: Path):
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_of_the_group(error):
             raise
-        shutil.rmtree(f"{folder}.partial", ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free
         why = f"{folder} cannot be written ({first_line(error)[:200]}); the disk has {size_text(free)} left"
         raise NotWritten(why) from error
@@ -1282,8 +1281,8 @@ class TrainingState:
             self.saved = self.step
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            for left in [*self.args.out.glob("*.partial"), *self.folder.glob("*.partial"), self.folder / "ended"]:
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            self.remove_unfinished()
+            (self.folder / "ended").unlink(missing_ok=True)
             self.folder.mkdir(exist_ok=True)
             for name, field, last in (("metrics", "step", self.step), ("epochs", "epoch", self.refill.epoch - 1)):
                 path = self.args.out / f"{name}.jsonl"
@@ -1292,6 +1291,11 @@ class TrainingState:
                     write_whole(path, "".join(lines))
         self.accelerator.wait_for_everyone()
         return self.step, clipped, checkpoint
+
+    def remove_unfinished(self):
+        """What was being written when a run ended."""
+        for left in [*self.args.out.glob("*.partial"), *self.folder.glob("*.partial")]:
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
     def load(self, folder: Path):
         """By unpickling tensors and DeepSpeed's few own classes, and nothing else."""
@@ -1409,6 +1413,7 @@ class TrainingState:
         if kind is torch.OutOfMemoryError:
             why += ". A smaller micro-batch, --gradient-checkpointing or a higher --zero take less memory"
         self.say(f"error: step {self.step + 1}: {why}")
+        self.remove_unfinished()  # here all processes do so: the last one to come is the last one that wrote anything
 
     def say(self, why: str):
         """One clear message for all processes: from the first that has something to say."""
