@@ -1260,6 +1260,7 @@ class TrainingState:
         self.args, self.accelerator, self.refill = args, accelerator, refill
         self.folder, self.step, self.saved = args.out / "state", 0, None
         self.signal, self.saving, self.leaving, self.abandoned, self.evaluating = 0, False, False, False, False
+        atexit.register(self.exit_as_told)  # before the engines, so that it comes after they have been shut down
 
     def states(self) -> list[Path]:
         """The whole ones, the newest last. There are two for a moment, or after a kill in that moment."""
@@ -1382,6 +1383,11 @@ class TrainingState:
         if self.abandoned:
             raise SystemExit(128 + self.signal)
 
+    def exit_as_told(self):
+        """Ray makes exit code 1 of every SystemExit that comes while it is waited for."""
+        if self.abandoned:
+            self.kill(128 + self.signal)
+
     def wait_for_signals(self, reading):
         while told := os.read(reading, 1):
             if told[0] in (signal.SIGTERM, signal.SIGINT) and not self.signal:
@@ -1434,6 +1440,9 @@ class TrainingState:
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 child.kill()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
         os._exit(code)
 
 
