@@ -1273,7 +1273,6 @@ def writing(folder: Path):
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_of_the_group(error):
             raise
-        shutil.rmtree(f"{folder}.partial", ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free
         why = f"{folder} cannot be written ({first_line(error)[:200]}); the disk has {size_text(free)} left"
         raise NotWritten(why) from error
@@ -1294,6 +1293,7 @@ class TrainingState:
         self.args, self.accelerator, self.refill = args, accelerator, refill
         self.folder, self.step, self.saved = args.out / "state", 0, None
         self.signal, self.saving, self.leaving, self.abandoned, self.evaluating = 0, False, False, False, False
+        atexit.register(self.exit_as_told)  # before the engines, so that it comes after they have been shut down
 
     def states(self) -> list[Path]:
         """The whole ones, the newest last. There are two for a moment, or after a kill in that moment."""
@@ -1302,8 +1302,9 @@ class TrainingState:
     def restore(self) -> tuple[int, int, str]:
         """With --resume, return to the last state, if there is one. -> its step, how many steps were clipped, the last
         checkpoint."""
-        if not (self.args.out / "args.json").is_file():
-            raise RuntimeError(f"--out {self.args.out} of the main process is not seen here: use a disk that all share")
+        seen = torch.tensor([float((self.args.out / "args.json").is_file())], device=self.accelerator.device)
+        if not self.accelerator.gather(seen).all():  # all know: who waits for one that has left may wait for long
+            refuse("not all processes see the --out of the main process: name the same on all nodes, on a shared disk")
         states = self.states() if self.args.resume else []
         clipped, checkpoint = 0, "none"
         if states:
@@ -1314,8 +1315,8 @@ class TrainingState:
             self.saved = self.step
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            for left in [*self.args.out.glob("*.partial"), *self.folder.glob("*.partial"), self.folder / "ended"]:
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            self.remove_unfinished()
+            (self.folder / "ended").unlink(missing_ok=True)
             self.folder.mkdir(exist_ok=True)
             for name, field, last in (("metrics", "step", self.step), ("epochs", "epoch", self.refill.epoch - 1)):
                 path = self.args.out / f"{name}.jsonl"
@@ -1324,6 +1325,11 @@ class TrainingState:
                     write_whole(path, "".join(lines))
         self.accelerator.wait_for_everyone()
         return self.step, clipped, checkpoint
+
+    def remove_unfinished(self):
+        """What was being written when a run ended."""
+        for left in [*self.args.out.glob("*.partial"), *self.folder.glob("*.partial")]:
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
     def load(self, folder: Path):
         """By unpickling tensors and DeepSpeed's few own classes, and nothing else."""
@@ -1410,6 +1416,11 @@ class TrainingState:
         if self.abandoned:
             raise SystemExit(128 + self.signal)
 
+    def exit_as_told(self):
+        """Ray makes exit code 1 of every SystemExit that comes while it is waited for."""
+        if self.abandoned:
+            self.kill(128 + self.signal)
+
     def wait_for_signals(self, reading):
         while told := os.read(reading, 1):
             if told[0] in (signal.SIGTERM, signal.SIGINT) and not self.signal:
@@ -1441,6 +1452,7 @@ class TrainingState:
         if kind is torch.OutOfMemoryError:
             why += ". A smaller micro-batch, --gradient-checkpointing or a higher --zero take less memory"
         self.say(f"error: step {self.step + 1}: {why}")
+        self.remove_unfinished()  # here all processes do so: the last one to come is the last one that wrote anything
 
     def say(self, why: str):
         """One clear message for all processes: from the first that has something to say."""
@@ -1461,6 +1473,9 @@ class TrainingState:
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 child.kill()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
         os._exit(code)
 
 

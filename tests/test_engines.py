@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +19,8 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, run_script
-from injected import TINY
+from injected import TINY, write
+from safetensors.torch import load_file
 
 import common
 
@@ -205,9 +207,31 @@ def test_an_error_while_weights_arrive_is_told_at_once(engines, tokenizer):
 # What ends a run ends its engines
 
 
+def begin(out, flags):
+    """Start tests/announcing.py on train_grpo.py, as a terminal would."""
+    out.mkdir(exist_ok=True)
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, "tests/announcing.py", *map(str, flags), "--out", str(out / "run")],
+        cwd=ROOT,
+        env={**os.environ, "DCO_TEST_RUN": mark},
+        stdout=(out / "stdout").open("w"),
+        stderr=(out / "stderr").open("w"),
+        start_new_session=True,  # a process group of its own, as a terminal gives one
+        # Of a shell's background job, Ctrl-C would be ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    process.mark, process.out, process.family = mark, out, set()
+    return process
+
+
 def family(process):
     """All that a run has started, by descent and by the variable in their environment."""
-    mark, found = process.mark, set(psutil.Process(process.pid).children(recursive=True))
+    return set(psutil.Process(process.pid).children(recursive=True)) | family_by_mark(process.mark)
+
+
+def family_by_mark(mark):
+    found = set()
     for other in psutil.process_iter():
         try:
             found |= {other} if other.environ().get("DCO_TEST_RUN") == mark else set()
@@ -233,7 +257,7 @@ def left(processes, seconds=20):
 
 @pytest.fixture(scope="module")
 def runs_in_the_middle_of_sampling(tmp_path_factory):
-    """Three runs of train_grpo.py, side by side to save time, whose engines have minutes of sampling to do."""
+    """Runs of train_grpo.py, side by side to save time, whose engines have minutes of sampling to do."""
     if find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
     folder, runs = tmp_path_factory.mktemp("ended"), {}
@@ -248,23 +272,12 @@ def runs_in_the_middle_of_sampling(tmp_path_factory):
         "1900",
         "--eval-problems",
         "0",
+        "--grace",
+        "1",
     ]
     try:
-        for how in ("killed engine", "Ctrl-C", "SIGTERM"):
-            out, mark = folder / how.replace(" ", "-"), uuid.uuid4().hex
-            out.mkdir()
-            process = subprocess.Popen(
-                [sys.executable, "tests/announcing.py", *flags, "--out", str(out / "run")],
-                cwd=ROOT,
-                env={**os.environ, "DCO_TEST_RUN": mark},
-                stdout=(out / "stdout").open("w"),
-                stderr=(out / "stderr").open("w"),
-                start_new_session=True,  # a process group of its own, as a terminal gives one
-                # Of a shell's background job, Ctrl-C would be ignored, and that is inherited.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )
-            process.mark, process.out, process.family = mark, out, set()
-            runs[how] = process
+        for how in ("killed engine", "Ctrl-C", "SIGTERM", "SIGKILL"):
+            runs[how] = begin(folder / how.replace(" ", "-"), flags)
         for process in runs.values():
             until = time.monotonic() + 150
             while "waiting: sampling" not in (process.out / "stdout").read_text():
@@ -282,7 +295,7 @@ def runs_in_the_middle_of_sampling(tmp_path_factory):
                 one.kill()
 
 
-@pytest.mark.parametrize("how", ["killed engine", "Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("how", ["killed engine", "Ctrl-C", "SIGTERM", "SIGKILL"])
 def test_what_ends_a_run_ends_its_engines(how, runs_in_the_middle_of_sampling):
     process = runs_in_the_middle_of_sampling[how]
     called = {}
@@ -295,17 +308,135 @@ def test_what_ends_a_run_ends_its_engines(how, runs_in_the_middle_of_sampling):
         engine.kill()
     elif how == "Ctrl-C":
         os.killpg(process.pid, signal.SIGINT)
-    else:
+    elif how == "SIGTERM":
         process.terminate()
-    code = process.wait(60)
+    else:
+        process.kill()
+    code, name = process.wait(60), {"Ctrl-C": "SIGINT"}.get(how, how)
     stderr = (process.out / "stderr").read_text()
-    assert code != 0, stderr[-3000:]
+    assert code == {"killed engine": 1, "Ctrl-C": 130, "SIGTERM": 143, "SIGKILL": -9}[how], stderr[-3000:]
+    if how in ("Ctrl-C", "SIGTERM"):
+        told = f"stopped by {name}: step 1 took more than --grace and was abandoned; no state was written so far"
+        assert stderr.count(told) == 1
     if how == "killed engine":
+        assert stderr.count("no state was written so far. The same command with --resume goes on from there") == 1
         assert "an engine failed while sampling" in stderr
         after = stderr.partition(f"--- the end of {process.out}/run/engine-0.log")[2].splitlines()
         last_words = (process.out / "run/engine-0.log").read_text(errors="replace").splitlines()[-1]
         assert last_words and last_words[:300] in after
+    if how == "SIGKILL":  # Ray's agents look once a minute whether their raylet lives: see below
+        process.family = {one for one in called if "Agent" not in called[one]}
     assert left(process.family) == []
+
+
+# A run with engines goes on
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """-> flags of a short run of train_grpo.py, from a checkpoint that has learnt the format."""
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    folder = tmp_path_factory.mktemp("warm")
+    rows = [
+        {"problem": f"{a}+{b}=", "answer": str(a + b), "solution": f"{a}+{b}={a + b}"}
+        for a in range(9)
+        for b in range(9)
+    ]
+    often, data = write(folder / "often", rows * 30), write(folder / "data", rows)
+    flags = ["--model", TINY, "--data", often, "--template", "r1-short", "--n-prime", 1, "--lr", 0.01, "--epochs", 1]
+    flags += ["--warmup-steps", 10, "--batch-size", 36, "--micro-batch-size", 36, "--nll", "mean", "--eval-problems", 0]
+    run_script("train_cot_dcoa.py", *flags, "--engine", "transformers", "--out", folder / "run")
+    flags = ["--model", folder / "run/epoch-1", "--data", data, "--engine", "vllm", "--batch-size", 4, "--rollouts", 8]
+    flags += ["--max-new-tokens", 40, "--epochs", 9, "--max-steps", 8, "--eval-problems", 0, "--lr", 0.001]
+    return [*flags, "--grace", 60, "--save-every", 2]
+
+
+def steps_of(process):
+    path = process.out / "run/metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def reach(process, step):
+    """Wait until it samples for the step after this one."""
+    until = time.monotonic() + 150
+    while steps_of(process) < step or not (process.out / "stdout").read_text().endswith("waiting: sampling\n"):
+        assert process.poll() is None and time.monotonic() < until, (process.out / "stderr").read_text()[-3000:]
+        time.sleep(0.02)
+    process.family = family(process)
+
+
+def exact(run):
+    """metrics.jsonl without times and without what only the engine's own floats enter."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: line[name] for name in line if "second" not in name and name != "engine_to_trainer"} for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def interrupted(warm, tmp_path_factory):
+    """One run that is let through; and one that gets Ctrl-C in its third step, goes on, loses its engine, goes on."""
+    folder = tmp_path_factory.mktemp("goes-on")
+    whole, broken = folder / "whole", folder / "broken"
+    processes, found = [begin(whole, warm), begin(broken, warm)], {"whole": whole / "run", "broken": broken / "run"}
+    try:
+        reach(processes[1], 2)
+        os.killpg(processes[1].pid, signal.SIGINT)
+        code = processes[1].wait(90)
+        found["Ctrl-C"] = code, (broken / "stderr").read_text(), left(processes[1].family), exact(broken / "run")
+        assert processes[0].wait(150) == 0, (whole / "stderr").read_text()[-3000:]
+
+        processes.append(begin(broken, [*warm, "--resume"]))
+        reach(processes[2], 5)
+        (engine,) = [one for one in processes[2].family if "ray::Engine" in " ".join(one.cmdline())]
+        engine.kill()
+        code = processes[2].wait(90)
+        found["killed"] = code, (broken / "stderr").read_text(), left(processes[2].family), exact(broken / "run")
+        found["states"] = [path.name for path in (broken / "run/state").iterdir()]
+
+        processes.append(begin(broken, [*warm, "--resume"]))
+        assert processes[3].wait(150) == 0, (broken / "stderr").read_text()[-3000:]
+        found["resumed"] = (broken / "stdout").read_text()
+        yield found
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.family |= family(process)
+                process.kill()
+                process.wait()
+            for one in left(process.family, 0):
+                one.kill()
+
+
+def test_ctrl_c_lets_the_step_end_which_its_engine_and_graders_survive(interrupted):
+    code, stderr, alive, steps = interrupted["Ctrl-C"]
+    assert code == 130, stderr[-3000:]
+    (step,) = re.findall(r"stopped by SIGINT after step (\d+); the last state is \S+/state/step-(\d+)\.", stderr)
+    assert step[0] == step[1] == str(len(steps)) and 3 <= len(steps) < 8
+    assert alive == [] and "Traceback" not in stderr
+
+
+def test_a_killed_engine_leaves_a_state_to_go_on_from(interrupted):
+    code, stderr, alive, steps = interrupted["killed"]
+    assert code == 1 and alive == [] and "an engine failed while sampling" in stderr
+    last = max(int(name.removeprefix("step-")) for name in interrupted["states"] if name.startswith("step-"))
+    assert f"the last state is {interrupted['broken']}/state/step-{last}. The same command" in stderr
+    assert 0 <= len(steps) - last < 2 and len(steps) < 8
+    assert f"resuming from {interrupted['broken']}/state/step-{last}\n" in interrupted["resumed"]
+
+
+def test_a_run_that_was_ended_twice_is_the_run_that_was_not(interrupted):
+    """Its engines had to have the state's weights before they sampled for the first time."""
+    whole, broken = interrupted["whole"], interrupted["broken"]
+    assert exact(broken) == exact(whole) and len(exact(whole)) == 8
+    one, other = (load_file(run / "step-8/model.safetensors") for run in (whole, broken))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_nothing_is_left_of_a_run_that_was_killed(runs_in_the_middle_of_sampling):
+    process = runs_in_the_middle_of_sampling["SIGKILL"]
+    assert process.wait(60) == -9 and left(family_by_mark(process.mark), 90) == []
 
 
 # Sampling from the model itself
