@@ -309,7 +309,7 @@ def main(argv=None):
             seconds["training"] = 2 * seconds["all"] - seconds.total()
             seen = refill.order[refill.position - done.candidates : refill.position]
             drawn = [one for i in done.ids for one in groups[i][0]]
-            tokens, ours = sum(len(one.token_ids) for one in drawn), sum(trainer_log_probs.values())
+            sampled, ours = sum(len(one.token_ids) for one in drawn), sum(trainer_log_probs.values())
             theirs = None if drawn[0].log_prob is None else sum(one.log_prob for one in drawn)
             # The surrogate's value: each ratio is 1.
             loss = -sum(
@@ -328,8 +328,8 @@ def main(argv=None):
                 "all_right": (done.values == 1).sum().item(),
                 "reward": done.values.mean().item(),  # over all candidates, as is the format rate
                 "format_rate": sum(answer is not None for answer in answers) / len(answers),
-                "mean_length": tokens / len(drawn),
-                "entropy": -ours / tokens,  # nats a token, estimated by the roll-outs' own log π
+                "mean_length": sampled / len(drawn),
+                "entropy": -ours / sampled,  # nats a token, estimated by the roll-outs' own log π
                 "engine_to_trainer": None if theirs is None else theirs / ours,  # of log π: 1, or the weights are stale
                 "lr": lr,
                 "grad_norm": grad_norm,
@@ -337,7 +337,7 @@ def main(argv=None):
                 "sampling_calls": calls["sampling"],
                 **{f"seconds_{phase}": seconds[phase] for phase in ("sampling", "grading", "training", "sync")},
                 "seconds": seconds["all"],
-                "tokens_per_second": tokens / seconds["all"],
+                "tokens_per_second": sampled / seconds["all"],
                 "ids": [examples["train"][i].id for i in done.ids],
             }
             if accelerator.is_main_process:
