@@ -1102,11 +1102,12 @@ def bytes_of_activations(config, dtype, tokens: int, checkpointing: bool) -> int
         return one + (layers - 1) * (kept(2, True) - kept(1, True))
 
 
-def plan_memory(args, examples: list[Example], checkpoints: int, scored=0, completion=0, engine=0.0) -> int:
+def plan_memory(args, examples: list[Example], checkpoints: int, scored=0, completion=0, engine=0.0):
     """Say what the run will take of each GPU and of the disk, before anything is loaded. Where it was left open, choose
     --zero; turn on --gradient-checkpointing where it does not fit without. --dry-run ends here. checkpoints: how many
     will be written. scored: so many times the tokens are computed at once without gradient. completion: longer than the
-    examples' may be. engine: vLLM's share of a GPU. -> how many tokens a process may compute at once, with padding."""
+    examples' may be. engine: vLLM's share of a GPU. Sets args.tokens_that_fit: how many, with padding, a process may
+    compute at once."""
     if args.offload and args.zero not in (None, 3):
         refuse(f"--offload goes with --zero 3, not {args.zero}")
     cuda, count = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
@@ -1179,11 +1180,17 @@ def plan_memory(args, examples: list[Example], checkpoints: int, scored=0, compl
         )
     if args.dry_run:
         raise SystemExit(0 if enough and disk < free else 1)
-    return tokens
+    args.tokens_that_fit = tokens
 
 
 def prepare_training(args, tokenizer, accelerator):
     """-> (model, optimizer, the model in words)."""
+    # What each process has decided by the memory of its own GPU, they all do.
+    decided = torch.tensor([[args.zero, args.gradient_checkpointing, -args.tokens_that_fit]], device=accelerator.device)
+    zero, checkpointing, tokens = accelerator.gather(decided).max(0).values.tolist()
+    if zero != args.zero:
+        refuse(f"the GPUs differ, and so do the ZeRO stages that they would need: give --zero {zero}")
+    args.gradient_checkpointing, args.tokens_that_fit = bool(checkpointing), -tokens
     # Without ZeRO the weights are float32 and computed with in bf16; with it, DeepSpeed keeps the float32 masters.
     dtype = torch.bfloat16 if args.zero and accelerator.device.type == "cuda" else torch.float32
     model, scratch = load_model(args.model, tokenizer, dtype, args.seed, accelerator)
@@ -1240,7 +1247,7 @@ def end_epoch(args, accelerator, refill: Refill, step: int, started: float, meas
 # ---- State: a run goes on after a kill at any instant ----------------------------------------------------------------
 # What --resume may change: where a run is kept, how far it goes, how much it does at once. All else must be the same.
 FREE = ["out", "overwrite", "resume", "save_every", "grace", "patience", "dry_run", "report_to", "show_every"]
-FREE += ["max_steps", "micro_batch_size", "tokens_per_micro_batch", "gradient_checkpointing"]
+FREE += ["tokens_that_fit", "max_steps", "micro_batch_size", "tokens_per_micro_batch", "gradient_checkpointing"]
 FREE += ["gpu_memory", "gpus_per_engine"]
 
 

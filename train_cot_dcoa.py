@@ -165,7 +165,7 @@ def main(argv=None):
     if longest > max_length:
         common.refuse(f"the longest prompt and --max-new-tokens make {longest} tokens; {args.model} has {max_length}")
     share_of_engine = 0.0 if args.engine == "transformers" else args.gpu_memory
-    tokens = common.plan_memory(args, examples["train"], args.epochs, engine=share_of_engine)
+    common.plan_memory(args, examples["train"], args.epochs, engine=share_of_engine)
     lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in examples["train"]]
     common.check_resume(args, examples["train"])
     how = (args.zero, args.clip, args.micro_batch_size, args.patience, args.offload)
@@ -268,7 +268,7 @@ def main(argv=None):
         args.micro_batch_size,
         backward_cost=None,  # p̂ comes from sampling: there is no training straight away
         lengths=lengths,
-        tokens=tokens,
+        tokens=args.tokens_that_fit,
     )
     state = common.TrainingState(args, accelerator, refill)
     step, clipped, last_checkpoint = state.restore()

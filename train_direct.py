@@ -124,7 +124,7 @@ def main(argv=None):
         common.refuse(
             f"--data {args.data}: no problem is left; dropped: {dropped['train']} (of {max_length} positions)"
         )
-    tokens = common.plan_memory(args, examples["train"], args.epochs + len(args.checkpoint_at), scored=4)
+    common.plan_memory(args, examples["train"], args.epochs + len(args.checkpoint_at), scored=4)
     lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in examples["train"]]
     common.check_resume(args, examples["train"])
     how = (args.zero, args.clip, args.micro_batch_size, args.patience, args.offload)
@@ -210,7 +210,7 @@ def main(argv=None):
         args.micro_batch_size,
         backward_cost=4 if args.gradient_checkpointing else 3,
         lengths=lengths,
-        tokens=tokens,
+        tokens=args.tokens_that_fit,
     )
     state = common.TrainingState(args, accelerator, refill)
     step, clipped, last_checkpoint = state.restore()

@@ -162,7 +162,7 @@ def main(argv=None):
         common.refuse(f"the longest prompt and --max-new-tokens make {longest} tokens; {args.model} has {max_length}")
     share_of_engine = 0.0 if args.engine == "transformers" else args.gpu_memory
     how = {"completion": args.max_new_tokens, "engine": share_of_engine}
-    tokens_that_fit = common.plan_memory(args, examples["train"], args.epochs, **how)
+    common.plan_memory(args, examples["train"], args.epochs, **how)
     common.check_resume(args, examples["train"])
     how = (args.zero, args.clip, 1, args.patience, args.offload)
     accelerator = common.make_accelerator(args.report_to, args.out, *how)
@@ -233,7 +233,7 @@ def main(argv=None):
         while order:
             widest = max(len(rollouts[i][0].prompt_ids) for i in order)
             widest += max(len(rollouts[i][0].completion_ids) for i in order)
-            part = order[: processes * max(1, min(tokens_that_fit, args.tokens_per_micro_batch) // widest)]
+            part = order[: processes * max(1, min(args.tokens_that_fit, args.tokens_per_micro_batch) // widest)]
             order = order[len(part) :]
             share = common.split_evenly([rollouts[i][0] for i in part], accelerator)
             with accelerator.no_sync(model):

@@ -177,7 +177,7 @@ def main(argv=None):
         dropped["train"]["proofs that lost a step"] = len(wholes) - len(candidates)
     if not candidates:
         common.refuse(f"--data {args.data}: no step is left; dropped: {dropped['train']} (of {max_length} positions)")
-    tokens = common.plan_memory(args, examples["train"], args.epochs + len(args.checkpoint_at), scored=4)
+    common.plan_memory(args, examples["train"], args.epochs + len(args.checkpoint_at), scored=4)
     lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in examples["train"]]
     common.check_resume(args, examples["train"])
     how = (args.zero, args.clip, args.micro_batch_size, args.patience, args.offload)
@@ -264,7 +264,7 @@ def main(argv=None):
         rounds, start = [], 0
         while start < len(steps):
             ids = list(steps[start : start + together * args.micro_batch_size * processes])
-            ids = common.that_fit(ids, lengths, together * tokens, processes)
+            ids = common.that_fit(ids, lengths, together * args.tokens_that_fit, processes)
             rounds.append((places[start : start + len(ids)], ids))
             start += len(ids)
         return rounds
@@ -298,7 +298,7 @@ def main(argv=None):
         args.micro_batch_size,
         backward_cost=math.inf if unit == "proof" else 4 if args.gradient_checkpointing else 3,
         lengths=lengths if unit == "step" else None,
-        tokens=tokens,
+        tokens=args.tokens_that_fit,
     )
     state = common.TrainingState(args, accelerator, refill)
     step, clipped, last_checkpoint = state.restore()

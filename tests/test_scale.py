@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -75,11 +76,11 @@ def runs(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def references(base, runs):
-    """{N': the weights after the steps of the one-process run}: one example at a time, without padding, in torch."""
+    """{(N', dtype): the weights after the steps of the one-process run}: an example at a time, unpadded, in torch."""
     flags, rows = base
     found = {}
-    for n in (1, 64):
-        model = AutoModelForCausalLM.from_pretrained(flags[1])
+    for n, dtype in product((1, 64), (torch.float32, torch.float64)):
+        model = AutoModelForCausalLM.from_pretrained(flags[1]).to(dtype)
         tokenizer = AutoTokenizer.from_pretrained(flags[1])
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
         clipped = 0
@@ -101,7 +102,7 @@ def references(base, runs):
             optimizer.step()
             optimizer.zero_grad()
         assert 0 < clipped < step and step > 5
-        found[n] = model.state_dict()
+        found[n, dtype] = model.state_dict()
     return found
 
 
@@ -116,7 +117,12 @@ def test_weights_are_those_of_the_plain_mean_gradient(n, processes, zero, runs, 
     assert 0 < steps[-1]["accepted"] < BATCH and (n > 1 or steps[-1]["accepted"] == ROWS % BATCH)
     lengths = [{len(base[1][i]["problem"]) for i in step["ids"]} for step in steps]
     assert all(len(of_step) > 1 for of_step in lengths)
-    assert_close(weights(runs[n, processes, zero]), references[n])
+    single, double = (references[n, dtype] for dtype in (torch.float32, torch.float64))
+    # AdamW divides a gradient by its own size: where it is all rounding, float32 does not say which way a weight goes.
+    undetermined = {name: (single[name] - double[name]).abs() > 1e-6 for name in double}
+    assert sum(mask.sum().item() for mask in undetermined.values()) < 50  # of 130,112
+    trained = weights(runs[n, processes, zero])
+    assert_close({name: torch.where(undetermined[name], double[name], trained[name]) for name in trained}, double)
 
 
 # Two nodes, as two launches on this machine

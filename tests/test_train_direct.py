@@ -102,7 +102,8 @@ def test_same_steps_where_memory_has_room_for_few_tokens(one_process, tmp_path, 
         computed.extend([batch["input_ids"].numel()] if torch.is_grad_enabled() else [])
         return batch
 
-    monkeypatch.setattr(common, "plan_memory", lambda args, *how, **more: setattr(args, "zero", 0) or 60)
+    decided = {"zero": 0, "tokens_that_fit": 60}
+    monkeypatch.setattr(common, "plan_memory", lambda args, *how, **more: vars(args).update(decided))
     monkeypatch.setattr(common, "collate", watched)
     train_direct.main([*COMMON_FLAGS, "--out", str(tmp_path / "run")])
     assert 30 < max(computed) <= 60
