@@ -573,7 +573,7 @@ def figure_5(args, n: float = 256) -> list[dict]:
             mean, spread = float(np.mean(found)), float(np.std(found))
             points.append((level, mean, mean - spread, mean + spread))
         names = {"title": f"{label}, batches of {size}", "x": "difficulty level"}
-        panels.append({**names, "y": f"∇_g of the test loss (N = {n:g})", "zero": True, "curves": {"": points}})
+        panels.append({**names, "y": rf"$\nabla_g$ of the test loss (N = {n:g})", "zero": True, "curves": {"": points}})
     return panels
 
 
