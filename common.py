@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
@@ -1137,6 +1137,7 @@ def plan_memory(args, examples: list[Example], checkpoints: int, scored=0, compl
             found |= {"gradients": 0, "optimizer states": 0}
         return found | {"engine": engine * memory}
 
+    @cache
     def activations(checkpointing):
         nonlocal unknown
         try:

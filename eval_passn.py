@@ -105,7 +105,7 @@ import common  # noqa: E402
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.figure in ("2b", "4", "5", "11", "13"):
+    if args.figure in FIGURES:
         return draw_figure(args)
 
     # Everything about every checkpoint is checked before the first one is loaded.
@@ -186,8 +186,8 @@ def main(argv=None):
         path = out / f"passn-{data_name}.json"
         common.write_whole(path, json.dumps(report) + "\n")
         figures = draw_coverage(results, "exact", args.highlight, out / f"passn-{data_name}.png")
-        path_of_sampled = out / f"passn-{data_name}{'-sampled' * bool(figures)}.png"
-        figures += draw_coverage(results, "sampled", args.highlight, path_of_sampled)
+        sampled = out / f"passn-{data_name}{'-sampled' * bool(figures)}.png"
+        figures += draw_coverage(results, "sampled", args.highlight, sampled)
         if args.figure == "12":
             figures += common.draw_panels([figure_12(results)], out / f"figure-12-{data_name}.png")
         figures += draw_confidence(results, out / f"confidence-{data_name}.png")
@@ -425,8 +425,8 @@ def markdown_errors(results: list[dict], kind: str, ns: list[int]) -> str:
 
 def draw_coverage(results: list[dict], kind: str, highlight: str | None, path: Path) -> list[Path]:
     """pass@N over N with 95 % intervals over problems, and the largest at each N: the Pareto envelope (Figure 2a)."""
-    found, curves, bold = [result for result in results if kind in result], {}, None
-    for result in found:
+    curves, bold = {}, None
+    for result in [result for result in results if kind in result]:
         label = result["checkpoint"] if label_of(result) in curves else label_of(result)
         curves[label] = {n: value for n, value in result[kind].items() if n != "n"}
         bold = label if result["checkpoint"] == highlight else bold
@@ -594,7 +594,7 @@ def figure_13(args, n: float = 256) -> list[dict]:
     return panels
 
 
-FIGURES = {"2b": figure_2b, "4": figure_4, "5": figure_5, "11": figure_11, "12": None, "13": figure_13}
+FIGURES = {"2b": figure_2b, "4": figure_4, "5": figure_5, "11": figure_11, "13": figure_13}
 
 
 if __name__ == "__main__":
