@@ -3,7 +3,6 @@
     python eval_passn.py runs/direct-n1/epoch-4 runs/direct-n64/epoch-4          # exact, no samples
     python eval_passn.py runs/direct-n64/epoch-4 --n 4096                        # from 4,096 samples a problem as well
     accelerate launch eval_passn.py runs/direct-n64/epoch-4 --n 4096             # the problems split over 8 GPUs
-    python eval_passn.py runs/direct-n1/epoch-0.11 runs/direct-n1/epoch-0.86 --figure 5
 
 pass@N coverage is the probability that at least one of N independent samples is right (Eq. 2). Two estimates:
 
