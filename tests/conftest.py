@@ -38,6 +38,17 @@ def free_port():
         return one.getsockname()[1]
 
 
+@pytest.fixture(autouse=True)
+def signals_are_the_tests_own():
+    """A run that is refused half-way leaves its handlers behind, which in a process of its own does not matter."""
+    handlers, hook = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}, sys.excepthook
+    yield
+    signal.set_wakeup_fd(-1)
+    sys.excepthook = hook
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     import common
