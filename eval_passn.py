@@ -9,15 +9,14 @@ pass@N coverage is the probability that at least one of N independent samples is
     exact     C^N = 1 - (1 - p)^N, with p = p̂(y|x) of the reference answer from one forward; direct answers only
     sampled   1 - C(n-c, N) / C(n, N) from n samples of which c are right by the grader
 
-The template and the length of a completion are read from the checkpoint; flags override them. It prints a Markdown
-table of each estimate and writes passn-<data>.json, passn-<data>.png, passn-<data>-sampled.png if both are there, and
-confidence-<data>.png. Samples are counted by distinct answer and each distinct answer is graded once; an evaluation
-that was interrupted goes on where it stopped. By the paper's numbers:
+The template and the length of a completion are read from the checkpoint; flags override them. It prints tables and
+writes passn-<data>.json. Each distinct answer is graded once; an evaluation that was interrupted goes on where it
+stopped. By the paper's numbers, figures as PNG and PDF, and their numbers in a JSON file beside them:
 
     Tables 1, 4, 5        the table, of a run's epochs; Table 5 with --data HuggingFaceH4/aime_2024
     Table 3               the same with --n 1024 --ns 1,16,64: its second table has both kinds of error
     Figures 1, 7, 9, 3    confidence-<data>.png: of greedy completions; with --n of the most frequent answers (3)
-    Figures 2a, 8         passn-<data>.png; Figures 6 and 10: --highlight CHECKPOINT
+    Figures 2a, 8         passn-<data>.png (and -sampled); Figures 6 and 10: --highlight CHECKPOINT
     Figure 2b             --figure 2b: F(N, p) over p
     Figure 4              --figure 4 RUN ...: discarded samples by step, from the runs' metrics.jsonl
     Figure 5              --figure 5 CHECKPOINT ...: derivative of the test loss along a cross-entropy step, by level
@@ -25,8 +24,6 @@ that was interrupted goes on where it stopped. By the paper's numbers:
     Figure 12             --figure 12 CHECKPOINT ...: accuracy by rank of confidence; with --n of sampled answers
     Figure 13             --figure 13 CHECKPOINT ...: confidence and F by level, of training data not seen so far
     Tables 2, 6, Fig. 2c  prove.py
-
-Every figure is a PNG and a PDF, and its numbers are in a JSON file beside it.
 """
 
 import argparse
@@ -538,25 +535,29 @@ def of_first_epoch(args):
             levels.setdefault(rows[example.id].get("level", 0), []).append(example)
         if not levels:
             common.refuse(f"{data}: {checkpoint} has seen all of it")
-        model = common.load_model(checkpoint, tokenizer)[0].eval().to(accelerator.device)
+        dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+        model = common.load_model(checkpoint, tokenizer, dtype)[0].to(accelerator.device).train()  # without dropout
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         label = f"{label_of({'checkpoint': checkpoint, 'n_prime': None})} ({record['epoch']}. epoch)"
         yield label, model, tokenizer, accelerator, dict(sorted(levels.items())), test
 
 
 def gradient(model, examples, tokenizer, accelerator, n: float) -> list:
     """Of Σ ℓ_DCO^n over the examples: a tensor for each parameter."""
-    model.zero_grad()
-    size = common.batch_that_fits(examples, 1, tokenizer, 64)
-    for i in range(0, len(examples), size):
-        batch = common.collate(examples[i : i + size], common.pad_token_id(tokenizer), accelerator.device)
+    model.zero_grad()  # and leaves the tensors returned before as they are
+    lengths, left = [(len(one.prompt_ids), len(one.completion_ids)) for one in examples], [*range(len(examples))]
+    while left:
+        part = common.that_fit(left, lengths, 1 << 12, 1)
+        left = left[len(part) :]
+        batch = common.collate([examples[i] for i in part], common.pad_token_id(tokenizer), accelerator.device)
         common.dco_loss(common.completion_log_probs(model, batch), n).sum().backward()
-    return [p.grad.clone() for p in model.parameters()]
+    return [p.grad for p in model.parameters()]
 
 
 def along_step(of_test: list, model, batch, tokenizer, accelerator) -> float:
     """∇_g of the loss whose gradient is `of_test`, along the step g = -Σ ∇ℓ_CE over the batch: their inner product."""
     step = gradient(model, batch, tokenizer, accelerator, 1)
-    return -sum((a * b).sum().item() for a, b in zip(of_test, step, strict=True))
+    return -sum((a.float() * b.float()).sum().item() for a, b in zip(of_test, step, strict=True))
 
 
 def figure_5(args, n: float = 256) -> list[dict]:
