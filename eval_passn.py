@@ -516,8 +516,7 @@ def figure_11(args) -> list[dict]:
 def figure_12(results: list[dict]) -> dict:
     """Accuracy of the likeliest completions by rank (beam search), or of the most frequent answers."""
     curves = {label_of(result): dict(enumerate(result["ranks"], 1)) for result in results}
-    panel = common.coverage_panel(curves, "rank of confidence", "right (%)")
-    return {name: panel[name] for name in ("x", "y", "curves")}
+    return common.coverage_panel(curves, "rank of confidence", "right (%)", log_base=None, y_limits=None)
 
 
 def of_first_epoch(args):
