@@ -1302,6 +1302,11 @@ class TrainingState:
         self.folder, self.step, self.saved = args.out / "state", 0, None
         self.signal, self.saving, self.leaving, self.abandoned, self.evaluating = 0, False, False, False, False
         atexit.register(self.exit_as_told)  # before the engines, so that it comes after they have been shut down
+        if accelerator.distributed_type.value == "DEEPSPEED":
+            from deepspeed.runtime.zero.config import ZeroStageEnum
+
+            # Python 3.11.2 and its like pickle a member by way of getattr, which `load` does not let in.
+            ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (ZeroStageEnum, (stage.value,))
 
     def states(self) -> list[Path]:
         """The whole ones, the newest last. There are two for a moment, or after a kill in that moment."""
