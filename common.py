@@ -401,6 +401,7 @@ class Refill:
         self.size, self.batch_size, self.accept, self.seed = size, batch_size, accept, seed
         self.processes, self.micro_batch_size, self.k = processes, micro_batch_size, backward_cost
         self.lengths, self.tokens = lengths, tokens
+        self.mean_length = sum(map(sum, lengths)) / len(lengths) if lengths else 0
         self.epoch, self.position, self.order, self.leftovers = 0, 0, [], []
         self.steps, self.used = 0, 0  # of this epoch: steps made, examples in them
         self.recent = (1, 1)  # accepted, candidates of the step before
@@ -435,9 +436,11 @@ class Refill:
             rate = (self.recent[0] + len(accepted) + 1) / (self.recent[1] + self.position - start + 1)
             straight = trained == len(accepted) and self.straight_pays(room, rate)
             ids = self.order[self.position : self.position + self.round_size(room, rate, straight)]
-            if self.lengths and self.k:
-                ids = that_fit(ids, self.lengths, self.tokens * (1 if straight else 4), self.processes)
-            values.append(train(ids, room, self.batch_size, chosen=False) if straight else score(ids))
+            if straight:
+                ids = ids if len(ids) <= room else self.first_piece(ids)  # or not the first ones might find room
+                values.append(self.train_in_pieces(train, ids, room, self.batch_size, False))
+            else:
+                values.append(self.in_pieces(score, ids, scoring=True) if self.k else score(ids))
             kept = self.accept(values[-1]).nonzero().flatten().tolist()[:room]
             accepted += [ids[i] for i in kept]
             trained = len(accepted) if straight else trained
@@ -451,13 +454,45 @@ class Refill:
             if not self.last_epoch:
                 self.leftovers = accepted
                 return None
-        while trained < len(accepted):
-            ids = accepted[trained : trained + self.processes * self.micro_batch_size]
-            ids = that_fit(ids, self.lengths, self.tokens, self.processes) if self.lengths else ids
-            found = train(ids, len(accepted) - trained, len(accepted), chosen=True)
-            values, trained = values + ([] if self.accept else [found]), trained + len(ids)
+        if trained < len(accepted):
+            room = len(accepted) - trained
+            found = self.train_in_pieces(train, accepted[trained:], room, len(accepted), True)
+            values += [] if self.accept else [found]
         self.steps, self.used = self.steps + bool(accepted), self.used + len(accepted)
         return Step(accepted, candidates, torch.cat(values)[:candidates]) if accepted else None
+
+    def first_piece(self, ids, scoring=False):
+        """What is computed at once; in scoring, without activations to keep, four times as many of average length."""
+        size, tokens = self.micro_batch_size, self.tokens
+        if scoring:
+            size, tokens = 4 * size, 4 * min(tokens, size * self.mean_length)
+        ids = ids[: self.processes * size]
+        return that_fit(ids, self.lengths, tokens, self.processes) if self.lengths else ids
+
+    def in_pieces(self, compute, ids, scoring=False):
+        """compute(piece) of all pieces of `ids`. -> the values, in the order of `ids`. Of several pieces, each has like
+        lengths, as it is padded to its longest (MATH in eights as they come: three times its tokens). The longest come
+        first, so that what is too much for the memory shows in the first step."""
+        places, found = list(range(len(ids))), []
+        if self.lengths and len(self.first_piece(ids, scoring)) < len(ids):
+            places.sort(key=lambda place: -sum(self.lengths[ids[place]]))
+        left = [ids[place] for place in places]
+        while left:
+            piece = self.first_piece(left, scoring)
+            found.append(compute(piece))
+            left = left[len(piece) :]
+        return torch.cat(found)[torch.tensor(places).argsort()] if len(found) > 1 else found[0]
+
+    def train_in_pieces(self, train, ids, room, count, chosen):
+        """`train` in pieces. Where there are several, all that is accepted has room: their order does not matter."""
+
+        def train_piece(piece):
+            nonlocal room
+            found = train(piece, room, count, chosen)
+            room -= len(piece) if chosen else int(self.accept(found).sum())
+            return found
+
+        return self.in_pieces(train_piece, ids)
 
     def straight_pays(self, room, rate):
         """Where the rest of an epoch may not fill the step (expected less a standard deviation), score first."""
@@ -474,8 +509,11 @@ class Refill:
             wanted = math.ceil(room / rate + math.sqrt(2) * spread)  # √2: the rate is an estimate of as few candidates
             return min(wanted, 32 * self.batch_size)  # where hardly any was accepted so far: not all of the epoch
         wanted = math.ceil(max(room, room / rate - spread, 0.02 * self.batch_size / rate))
-        micro_batches = 1 if straight else 4  # so many fit without activations to keep
-        return self.processes * min(math.ceil(wanted / self.processes), self.micro_batch_size * micro_batches)
+        one = self.processes * self.micro_batch_size
+        if straight and room >= one and self.recent[1] >= one:  # the rate is known well enough not to look in between
+            return room
+        most = one if straight else max(4 * one, self.batch_size)
+        return min(self.processes * math.ceil(wanted / self.processes), most)
 
 
 def that_fit(ids: list[int], lengths: list[tuple[int, int]], tokens: int, processes: int) -> list[int]:

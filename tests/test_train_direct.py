@@ -240,7 +240,7 @@ def test_the_update_is_adamw_on_the_mean_gradient_of_eq_3(tmp_path, tokenizer):
     trained = weights(tmp_path / "run/step-2")
     for name, tensor in model.state_dict().items():
         difference = (trained[name] - tensor).abs()  # AdamW's first steps are a sign where a gradient is all rounding
-        assert difference.mean() < 1e-6 and (difference > 2e-5).sum() <= 4, name
+        assert difference.mean() < 1e-6 and (difference > 2e-5).sum() <= 8, name
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
