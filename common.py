@@ -485,12 +485,12 @@ class Refill:
 
     def train_in_pieces(self, train, ids, room, count, chosen):
         """`train` in pieces. Where there are several, all that is accepted has room: their order does not matter."""
+        before = []
 
         def train_piece(piece):
-            nonlocal room
-            found = train(piece, room, count, chosen)
-            room -= len(piece) if chosen else int(self.accept(found).sum())
-            return found
+            filled = 0 if not before else sum(map(len, before)) if chosen else int(self.accept(torch.cat(before)).sum())
+            before.append(train(piece, room - filled, count, chosen))
+            return before[-1]
 
         return self.in_pieces(train_piece, ids)
 

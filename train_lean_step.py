@@ -239,10 +239,11 @@ def main(argv=None):
         already, else over the first `room` of them that are accepted. factor: F where it is that of whole proofs."""
         with accelerator.no_sync(model):
             mine, log_p = log_probs(ids)
-        used = torch.ones_like(log_p, dtype=torch.bool) if chosen else accept(log_p)
+        factor = common.dco_factor(log_p, args.n_prime) if factor is None else factor
+        used = torch.ones_like(log_p, dtype=torch.bool) if chosen else factor >= args.factor_threshold
         used &= used.cumsum(0) <= room
         if used.any():
-            weight = (common.dco_factor(log_p, args.n_prime) if factor is None else factor) * used
+            weight = factor * used
             if args.nll == "mean":
                 weight = weight / torch.tensor(
                     [len(examples["train"][i].completion_ids) for i in ids], device=weight.device
@@ -333,7 +334,8 @@ def main(argv=None):
                 break
             grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.clip))
             log_p = done.values
-            used = accept(log_p) if refill.accept else torch.ones_like(log_p, dtype=torch.bool)
+            factor = common.dco_factor(log_p, args.n_prime)
+            used = factor >= args.factor_threshold if refill.accept else torch.ones_like(log_p, dtype=torch.bool)
             loss = common.dco_loss(log_p[used], args.n_prime).mean().item()
             if not math.isfinite(grad_norm):
                 stop(f"the gradient's norm is {grad_norm} at a loss of {loss}")
@@ -349,7 +351,7 @@ def main(argv=None):
                 "loss": loss,
                 "accepted": len(done.ids),
                 "candidates": done.candidates,
-                "mean_factor": common.dco_factor(log_p, args.n_prime).mean().item(),
+                "mean_factor": factor.mean().item(),
                 "mean_p": log_p.exp().mean().item(),
                 "mean_ce": -log_p.mean().item(),
                 "lr": lr,
