@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import chain, islice
@@ -529,6 +530,7 @@ def that_fit(ids: list[int], lengths: list[tuple[int, int]], tokens: int, proces
 
 # ---- Grading: math-verify in child processes that can be killed ------------------------------------------------------
 INTEGER = re.compile(r"-?[0-9]{1,18}")
+RATIONAL = re.compile(r"(-?)(?:\\[dt]?frac\{(-?[0-9]{1,18})\}\{(-?[0-9]{1,18})\}|([0-9]{1,18})/([0-9]{1,18}))")
 NUMBER = re.compile(r"-?[0-9][0-9,]*(\.[0-9]+)?")
 BASED = re.compile(r"(\w+)_\{?([0-9]+)\}?")  # 1001_2, a number with its base
 # A sum, difference or product of numbers left as it is (but for 3.2 x 10^5), a chain of equations, one with no unknown.
@@ -546,6 +548,17 @@ def textual(answer: str) -> str:
     return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", " ".join(answer.split()))
 
 
+def rational(answer: str) -> Fraction | None:
+    """The value of an integer or a quotient of integers; None for whatever else."""
+    if INTEGER.fullmatch(answer):
+        return Fraction(answer)
+    if not (found := RATIONAL.fullmatch(answer)):
+        return None
+    sign, *written = found.groups()
+    above, below = (int(number) for number in written if number is not None)
+    return Fraction(-above if sign else above, below) if below else None
+
+
 def verdict_at_sight(gold: str, prediction: str) -> bool | None:
     """The verdict where it takes no algebra, or where math-verify is too lenient: it evaluates 28-29 (so that copying a
     problem would solve it), takes the last of a chain of equations, and drops a number's base. None: it may decide."""
@@ -555,8 +568,9 @@ def verdict_at_sight(gold: str, prediction: str) -> bool | None:
         return False
     if "$" in prediction or (NUMBER.fullmatch(gold) and UNEVALUATED.search(prediction)):  # $: several formulas
         return False
-    if INTEGER.fullmatch(gold) and INTEGER.fullmatch(prediction):  # most of what is sampled
-        return int(gold) == int(prediction)
+    numbers = rational(gold), rational(prediction)  # most of what is sampled
+    if None not in numbers:
+        return numbers[0] == numbers[1]
     return True if textual(gold) == textual(prediction) else None
 
 

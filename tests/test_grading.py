@@ -1,6 +1,8 @@
 """The grader on answers of the kinds that MATH has, and on texts that want to hurt it."""
 
+import random
 import time
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -198,3 +200,22 @@ def test_a_pair_is_graded_once(grader, monkeypatch):
     grader.grade([("31", "31.0")])
     monkeypatch.setattr(grader.pool, "schedule", lambda *a, **k: pytest.fail("graded again"))
     assert grader.grade([("31", "31.0")] * 3) == [True] * 3
+
+
+def test_quotients_at_sight_are_what_math_verify_says():
+    """The shortcut for integers and fractions, equal in value and not, however they are written."""
+    rng, forms = random.Random(0), ["{}", "{}/{}", "-{}/{}"]
+    forms += [r"\frac{{{}}}{{{}}}", r"-\dfrac{{{}}}{{{}}}", r"\tfrac{{{}}}{{{}}}"]
+    judged = Counter()
+    for _ in range(600):
+        above, below, times = rng.randint(-40, 40), rng.choice([1, rng.randint(1, 30), -7]), rng.randint(1, 4)
+        other = (above * times, below * times) if rng.random() < 0.6 else (rng.randint(-9, 9), rng.randint(1, 12))
+        gold, prediction = rng.choice(forms).format(above, below), rng.choice(forms).format(*other)
+        if common.rational(gold) is not None and common.rational(prediction) is not None:
+            verdict = common.verdict_at_sight(gold, prediction)
+            assert verdict == common.is_right(gold, prediction), (gold, prediction)
+            judged[verdict] += 1
+    assert min(judged[True], judged[False]) > 100
+    assert [common.rational(one) for one in ("1/0", "\\frac{1}{0}", "--1/2", "1/-2", "0.5", "1/2/3", "\\frac12")] == [
+        None
+    ] * 7
