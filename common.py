@@ -1111,6 +1111,9 @@ def save_checkpoint(accelerator, model, tokenizer, folder: Path, record: dict):
             state = {name: cast.setdefault(t.data_ptr(), t.to(torch.bfloat16)) for name, t in state.items()}
         with writing(folder):
             unwrapped.save_pretrained(partial, state_dict=state)
+            if accelerator.mixed_precision == "bf16":
+                unwrapped.config.dtype = torch.bfloat16  # what was written is that of the float32 weights
+                unwrapped.config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             (partial / "dco.json").write_text(json.dumps(record) + "\n")
             shutil.rmtree(folder, ignore_errors=True)

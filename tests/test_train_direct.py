@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import forced_way
 import pytest
 import torch
 from conftest import ROOT, run_script
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import common
 import train_direct
@@ -285,7 +287,7 @@ def test_files_and_banner(cross_entropy_run):
 
 
 def test_checkpoints_are_ordinary_hugging_face_folders(cross_entropy_run):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     out, _ = cross_entropy_run
     model = AutoModelForCausalLM.from_pretrained(out / "epoch-2")
@@ -296,6 +298,17 @@ def test_checkpoints_are_ordinary_hugging_face_folders(cross_entropy_run):
     record = json.loads((out / "epoch-2/dco.json").read_text())
     assert record["template"] == "direct" and record["max_new_tokens"] >= 5
     assert record["data"] == str(ROOT / "examples/arithmetic")
+
+
+@pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_checkpoint_says_of_itself_what_dtype_it_holds(precision, dtype, tmp_path, tiny_model, tokenizer):
+    """On a GPU float32 weights are saved as bf16; who loads them without a dtype is not to get float32 again."""
+    own = SimpleNamespace(get_state_dict=lambda model: model.state_dict(), unwrap_model=lambda model: model)
+    own.mixed_precision, own.is_main_process, own.wait_for_everyone = precision, True, lambda: None
+    common.save_checkpoint(own, tiny_model, tokenizer, tmp_path / "saved", {})
+    assert {weight.dtype for weight in load_file(tmp_path / "saved/model.safetensors").values()} == {dtype}
+    loaded, config = (kind.from_pretrained(tmp_path / "saved") for kind in (AutoModelForCausalLM, AutoConfig))
+    assert loaded.dtype == dtype and config.architectures == ["LlamaForCausalLM"]
 
 
 def test_summary_is_the_exact_coverage_of_the_checkpoint(cross_entropy_run, tokenizer):
