@@ -47,7 +47,7 @@ def row(function):
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {' '.join(ROWS)} (default: all)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what the scripts find here")
     parser.add_argument("--model", help="folder, for the steps (default: the embedded model and a larger one)")
     parser.add_argument("--data", help="folder (default: examples/arithmetic)")
     parser.add_argument("--repeat", type=int, default=5, help="how often each side has its turn")
@@ -83,10 +83,11 @@ def main(argv=None):
         for result in found:
             report["results"].append({"row": name, **result, "row_seconds": round(time.perf_counter() - began, 1)})
             print(line_of(report["results"][-1]), flush=True)
+        if args.out:  # also if a later row never ends
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
     shutil.rmtree(TEMPORARY)
     print(f"\n{report['machine']['text']}\n\n{markdown(report['results'])}\n")
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
         print(f"wrote {args.out}")
     else:
         print(json.dumps(report))
