@@ -157,17 +157,20 @@ def main(argv=None):
         f"{args.micro_batch_size}",
     )
 
-    def accept(log_p):
-        return common.dco_factor(log_p, args.n_prime) >= args.factor_threshold
+    def accept(values):
+        return values[:, 1] >= args.factor_threshold
+
+    def with_factor(log_p):
+        return torch.stack([log_p, common.dco_factor(log_p, args.n_prime)], 1)
 
     def log_probs(ids):
-        """-> log p of this process's share of the examples, with the graph; of all of them, in stream order."""
+        """-> log p of this process's share of the examples, with the graph; log p and F of all, in stream order."""
         share = common.split_evenly([examples["train"][i] for i in ids], accelerator)
         mine = common.completion_log_probs(model, common.collate(share, pad_id, accelerator.device))
         log_p = common.gather_in_order(mine, len(ids), accelerator)
         if not log_p.isfinite().all():  # F of a NaN is below no threshold: the run would go on without any step
             stop(f"log p of a candidate is {log_p[~log_p.isfinite()][0].item()}")
-        return mine, log_p
+        return mine, with_factor(log_p)  # [share], [n, 2]
 
     def stop(why):
         progress.close()
@@ -183,12 +186,11 @@ def main(argv=None):
         """One micro-batch a process: adds the gradient of 1/count Σ F(N', p) · NLL, over `ids` if they are chosen
         already, else over the first `room` of them that are accepted."""
         with accelerator.no_sync(model):
-            mine, log_p = log_probs(ids)
-        factor = common.dco_factor(log_p, args.n_prime)
-        used = torch.ones_like(log_p, dtype=torch.bool) if chosen else factor >= args.factor_threshold
+            mine, values = log_probs(ids)
+        used = torch.ones(len(ids), dtype=torch.bool, device=mine.device) if chosen else accept(values)
         used &= used.cumsum(0) <= room
         if used.any():
-            weight = factor * used
+            weight = values[:, 1] * used
             if args.nll == "mean":
                 weight = weight / torch.tensor(
                     [len(examples["train"][i].completion_ids) for i in ids], device=weight.device
@@ -200,7 +202,7 @@ def main(argv=None):
             # Gradients are averaged over the processes, hence the factor.
             loss = (share * -mine).sum() * processes / count
             common.backward(accelerator, model, loss, last=bool(used.sum() == room))
-        return log_p
+        return values
 
     refill = common.Refill(
         len(examples["train"]),
@@ -244,9 +246,8 @@ def main(argv=None):
             if done is None:
                 break
             grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.clip))
-            log_p = done.values
-            factor = common.dco_factor(log_p, args.n_prime)
-            used = factor >= args.factor_threshold if refill.accept else torch.ones_like(log_p, dtype=torch.bool)
+            log_p, factor = done.values.T.contiguous()
+            used = accept(done.values) if refill.accept else torch.ones_like(log_p, dtype=torch.bool)
             loss = common.dco_loss(log_p[used], args.n_prime).mean().item()
             if not math.isfinite(grad_norm):
                 stop(f"the gradient's norm is {grad_norm} at a loss of {loss}")

@@ -212,17 +212,20 @@ def main(argv=None):
         f"{args.micro_batch_size}",
     )
 
-    def accept(log_p):
-        return common.dco_factor(log_p, args.n_prime) >= args.factor_threshold
+    def accept(values):
+        return values[:, 1] >= args.factor_threshold
+
+    def with_factor(log_p):
+        return torch.stack([log_p, common.dco_factor(log_p, args.n_prime)], 1)
 
     def log_probs(ids):
-        """-> log p of this process's share of the examples, with the graph; of all of them, in stream order."""
+        """-> log p of this process's share of the examples, with the graph; log p and F of all, in stream order."""
         share = common.split_evenly([examples["train"][i] for i in ids], accelerator)
         mine = common.completion_log_probs(model, common.collate(share, pad_id, accelerator.device))
         log_p = common.gather_in_order(mine, len(ids), accelerator)
         if not log_p.isfinite().all():  # F of a NaN is below no threshold: the run would go on without any step
             stop(f"log p of a candidate is {log_p[~log_p.isfinite()][0].item()}")
-        return mine, log_p
+        return mine, with_factor(log_p)  # [share], [n, 2]
 
     def stop(why):
         progress.close()
@@ -238,12 +241,11 @@ def main(argv=None):
         """One micro-batch a process: adds the gradient of 1/count Σ F(N', p) · NLL, over `ids` if they are chosen
         already, else over the first `room` of them that are accepted. factor: F where it is that of whole proofs."""
         with accelerator.no_sync(model):
-            mine, log_p = log_probs(ids)
-        factor = common.dco_factor(log_p, args.n_prime) if factor is None else factor
-        used = torch.ones_like(log_p, dtype=torch.bool) if chosen else factor >= args.factor_threshold
+            mine, values = log_probs(ids)
+        used = torch.ones(len(ids), dtype=torch.bool, device=mine.device) if chosen else accept(values)
         used &= used.cumsum(0) <= room
         if used.any():
-            weight = factor * used
+            weight = (values[:, 1] if factor is None else factor) * used
             if args.nll == "mean":
                 weight = weight / torch.tensor(
                     [len(examples["train"][i].completion_ids) for i in ids], device=weight.device
@@ -255,7 +257,7 @@ def main(argv=None):
             # Gradients are averaged over the processes, hence the factor.
             loss = (share * -mine).sum() * processes / count
             common.backward(accelerator, model, loss, last=bool(used.sum() == room) if last is None else last)
-        return log_p
+        return values
 
     scored = {}  # log p of whole proofs, under this step's weights
 
@@ -271,24 +273,24 @@ def main(argv=None):
         return rounds
 
     def score_proofs(proofs):
-        """-> log p of whole proofs, Σ over their steps. F is of the whole, so this comes before any gradient."""
+        """-> log p (Σ over its steps) and F of whole proofs. F is of the whole, so this comes before any gradient."""
         log_p = torch.zeros(len(proofs), device=accelerator.device)
         for places, ids in steps_of(proofs, 4):
-            log_p.index_add_(0, torch.tensor(places, device=log_p.device), score(ids))
+            log_p.index_add_(0, torch.tensor(places, device=log_p.device), score(ids)[:, 0])
         scored.update(zip(proofs, log_p, strict=True))
-        return log_p
+        return with_factor(log_p)
 
     def train_proofs(proofs, room, count, chosen):
         """As `train`, for chosen proofs: 1/count Σ F(N', Π p) · Σ NLL over the steps, with the F of scoring."""
         log_p = torch.zeros(len(proofs), device=accelerator.device)
         if args.n_prime > 1:  # F of cross-entropy is 1, whatever p
-            log_p = torch.stack([scored[proof] for proof in proofs]) if refill.accept else score_proofs(proofs)
+            log_p = torch.stack([scored[proof] for proof in proofs]) if refill.accept else score_proofs(proofs)[:, 0]
         factor, rounds = common.dco_factor(log_p, args.n_prime), steps_of(proofs, 1)
         found = torch.zeros_like(log_p)
         for k, (places, ids) in enumerate(rounds, 1):
             last, places = k == len(rounds) and len(proofs) == room, torch.tensor(places, device=factor.device)
-            found.index_add_(0, places, train(ids, len(ids), count, True, factor[places], last))
-        return found
+            found.index_add_(0, places, train(ids, len(ids), count, True, factor[places], last)[:, 0])
+        return with_factor(found)
 
     refill = common.Refill(
         len(candidates),
@@ -333,9 +335,8 @@ def main(argv=None):
             if done is None:
                 break
             grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.clip))
-            log_p = done.values
-            factor = common.dco_factor(log_p, args.n_prime)
-            used = factor >= args.factor_threshold if refill.accept else torch.ones_like(log_p, dtype=torch.bool)
+            log_p, factor = done.values.T.contiguous()
+            used = accept(done.values) if refill.accept else torch.ones_like(log_p, dtype=torch.bool)
             loss = common.dco_loss(log_p[used], args.n_prime).mean().item()
             if not math.isfinite(grad_norm):
                 stop(f"the gradient's norm is {grad_norm} at a loss of {loss}")
