@@ -279,6 +279,9 @@ def main(argv=None):
 
     if args.device == "cuda" and not torch.cuda.is_available():
         common.refuse("PyTorch finds no CUDA GPU; --device cpu tries the script out on a CPU")
+    for name, least in (("torch", (2, 11)), ("transformers", (5, 0))):
+        if tuple(map(int, re.findall(r"\d+", version(name))[:2])) < least:
+            common.refuse(f"{name} {version(name)} is installed, and {'.'.join(map(str, least))} or newer is needed")
     for name in ("model", "data"):
         if not Path(getattr(args, name)).is_dir():
             common.refuse(f"--{name} {getattr(args, name)}: there is no such folder (nothing is fetched here)")

@@ -29,7 +29,7 @@ import train_lean_step  # noqa: E402
 TINY, ARITHMETIC = str(ROOT / "examples/tiny_llama"), str(ROOT / "examples/arithmetic")
 LR = 1e-4  # of the checks' steps
 COVERAGES = ("pass@1", "pass@16", "pass@256", "pass@4096")
-BENCH_ROWS = ["sft", "dco-accept", "logits-memory", "dco-over-ce", "grpo", "coverage", "weight-sync", "micro-batch"]
+BENCH_ROWS = ["sft", "dco-accept", "logits-memory", "dco-over-ce", "grpo", "coverage", "micro-batch", "weight-sync"]
 
 
 class Skipped(Exception):
@@ -415,12 +415,16 @@ def check_vllm(args, numbers, folder):
 
 
 def check_bench(args, numbers, folder):
-    if not (ROOT / "tests/bench.py").exists():
-        raise Skipped("there is no tests/bench.py")
-    how = ["--device", args.device, "--model", args.model, "--out", folder / "bench.json"]
-    start(folder, ROOT / "tests/bench.py", *BENCH_ROWS, *how)
-    numbers["rows"] = json.loads((folder / "bench.json").read_text())
-    return f"its rows are in results.json and {folder / 'bench.json'}"
+    how = ["--device", args.device, "--model", args.model, "--data", args.data, "--out", folder / "bench.json"]
+    how += ["--repeat", 3] if args.device == "cuda" else ["--quick"]
+    try:
+        start(folder, ROOT / "tests/bench.py", *BENCH_ROWS, *how)
+    finally:  # also of a run in which a row has failed
+        if (folder / "bench.json").exists():
+            numbers["rows"] = json.loads((folder / "bench.json").read_text())["results"]
+    ratios = [f"{one['row']} {one['ratio']:.2f}x" for one in numbers["rows"] if "ratio" in one]
+    missing = [f"{one['row']} skipped: {one['skipped']}" for one in numbers["rows"] if "skipped" in one]
+    return "; ".join([", ".join(ratios), *missing])
 
 
 # ---- The study -------------------------------------------------------------------------------------------------------

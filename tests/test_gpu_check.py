@@ -131,6 +131,13 @@ def test_what_cannot_be_is_refused_first(flags, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_versions_that_are_too_old_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_check, "version", lambda name: {"torch": "2.10.0+cu128"}.get(name, "5.19.0"))
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--model", TINY, "--data", ARITHMETIC, "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert "torch 2.10.0+cu128 is installed, and 2.11 or newer is needed" in capsys.readouterr().err
+
+
 # A check that hangs, dies, or runs out of time
 
 
