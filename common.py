@@ -1739,11 +1739,11 @@ class VLLMEngines:
 
     def shut_down(self):
         """End the engines, and Ray where it was started here."""
-        if self.engines:
+        if self.engines and self.ray.is_initialized():  # if not, they have ended, and `kill` would start Ray anew
             for engine in self.engines:
                 self.ray.kill(engine)
-            self.engines = []
             self.ray.shutdown()
+        self.engines = []
 
 
 def start_ray():

@@ -344,7 +344,7 @@ def dco_accept(args):
     import common
 
     steps, data = 3 if args.quick else 12, problems(args)
-    model = args.model or trained(args)
+    model = with_weights(args)
     tokenizer = common.load_tokenizer(model)
     examples, _ = common.encode(common.load_problems(data, "train"), tokenizer, "direct", 1 << 20)
     loaded, _ = common.load_model(model, tokenizer)
@@ -405,7 +405,7 @@ def grpo(args):
 
     problems_a_step, rollouts, steps, micro = 16, 8, 3 if args.quick else 6, 64
     most, data = 128, problems(args)
-    model = args.model or trained(args, solutions=True)
+    model = with_weights(args, solutions=True)
     tokenizer, rows = common.load_tokenizer(model), common.load_problems(data, "train")
     longest = max(len(tokenizer(r["problem"]).input_ids) for r in rows[:1500]) + 1 + most
 
@@ -544,7 +544,14 @@ def trained(args, solutions=False) -> str:
     return str(TEMPORARY / out / f"epoch-{epochs}")
 
 
-def test_examples(model: str, args):
+def with_weights(args, solutions=False) -> str:
+    """--model, unless it is one to be trained from scratch, whose answers would be noise."""
+    import common
+
+    return args.model if args.model and common.check_model(args.model) else trained(args, solutions)
+
+
+def examples_to_test(model: str, args):
     import common
 
     tokenizer = common.load_tokenizer(model)
@@ -559,8 +566,8 @@ def coverage(args):
     a few of them, and the time is scaled."""
     import common
 
-    model = args.model or trained(args)
-    tokenizer, _, examples = test_examples(model, args)
+    model = with_weights(args)
+    tokenizer, _, examples = examples_to_test(model, args)
     accelerator = common.make_accelerator()
     loaded, _ = common.load_model(model, tokenizer)
     loaded, longest = loaded.eval().to(accelerator.device), max(len(one.completion_ids) for one in examples)
@@ -600,7 +607,7 @@ def grading(args):
     if find_spec("math_verify") is None:
         raise Skipped("math-verify is not installed")
     model, n = trained(args), 4096
-    tokenizer, rows, examples = test_examples(model, args)
+    tokenizer, rows, examples = examples_to_test(model, argparse.Namespace(quick=args.quick, data=None))
     accelerator = common.make_accelerator()
     loaded, _ = common.load_model(model, tokenizer)
     live = common.LiveModel(accelerator, loaded.eval().to(accelerator.device), tokenizer)

@@ -505,3 +505,17 @@ def test_engines_in_a_cluster_that_was_there_before_and_stays(tmp_path):
         cluster.wait(30)
         for one in left(everything, 5):
             one.kill()
+
+
+def test_engines_that_went_with_ray_are_not_ended_by_starting_it_again():
+    """One that failed to start is ended at exit, when others may have taken Ray down: ray.kill would wait for a new."""
+    asked = []
+    gone = common.VLLMEngines.__new__(common.VLLMEngines)
+    gone.engines = ["one"]
+    gone.ray = SimpleNamespace(is_initialized=lambda: False, kill=asked.append, shutdown=lambda: asked.append("down"))
+    gone.shut_down()
+    assert asked == [] and gone.engines == []
+    gone.engines, gone.ray.is_initialized = ["one"], lambda: True
+    gone.shut_down()
+    gone.shut_down()
+    assert asked == ["one", "down"]
