@@ -438,7 +438,7 @@ class Refill:
             straight = trained == len(accepted) and self.straight_pays(room, rate)
             ids = self.order[self.position : self.position + self.round_size(room, rate, straight)]
             if straight:
-                ids = ids if len(ids) <= room else self.first_piece(ids)  # or not the first ones might find room
+                ids = ids if len(ids) <= room else self.first_piece(ids)  # in order: the first are to get the room
                 values.append(self.train_in_pieces(train, ids, room, self.batch_size, False))
             else:
                 values.append(self.in_pieces(score, ids, scoring=True) if self.k else score(ids))
@@ -1112,8 +1112,9 @@ def save_checkpoint(accelerator, model, tokenizer, folder: Path, record: dict):
         with writing(folder):
             unwrapped.save_pretrained(partial, state_dict=state)
             if accelerator.mixed_precision == "bf16":
-                unwrapped.config.dtype = torch.bfloat16  # what was written is that of the float32 weights
-                unwrapped.config.save_pretrained(partial)
+                config = copy.deepcopy(unwrapped.config)
+                config.dtype = torch.bfloat16  # what was written is that of the float32 weights
+                config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             (partial / "dco.json").write_text(json.dumps(record) + "\n")
             shutil.rmtree(folder, ignore_errors=True)

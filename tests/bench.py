@@ -10,6 +10,7 @@ scripts; a step's time is from the end of the one before, with all that happens 
 """
 
 import argparse
+import atexit
 import contextlib
 import io
 import itertools
@@ -31,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of this size are slower with more
 os.environ["HF_HUB_OFFLINE"] = "1"
-TEMPORARY = Path(tempfile.mkdtemp(prefix="bench-"))
+TEMPORARY = Path(tempfile.gettempdir()) / f"bench-{os.getpid()}"
+atexit.register(shutil.rmtree, TEMPORARY, ignore_errors=True)
 ROWS = {}  # name -> function(args), which yields results
 
 
@@ -69,6 +71,7 @@ def main(argv=None):
         raise SystemExit("error: --device cuda, but torch finds no GPU")
     if args.device == "cpu" and torch.cuda.is_available():
         raise SystemExit("error: the scripts take the GPU that is here: give --device cuda, or CUDA_VISIBLE_DEVICES=")
+    TEMPORARY.mkdir(exist_ok=True)
     report = {"machine": machine(args), "results": []}
     for name in args.rows or ROWS:
         began, log = time.perf_counter(), io.StringIO()
@@ -85,7 +88,6 @@ def main(argv=None):
             print(line_of(report["results"][-1]), flush=True)
         if args.out:  # also if a later row never ends
             args.out.write_text(json.dumps(report, indent=1) + "\n")
-    shutil.rmtree(TEMPORARY)
     print(f"\n{report['machine']['text']}\n\n{markdown(report['results'])}\n")
     if args.out:
         print(f"wrote {args.out}")

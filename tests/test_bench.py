@@ -100,7 +100,6 @@ def test_a_row_that_fails_or_is_skipped_leaves_the_others(monkeypatch, tmp_path,
 
     monkeypatch.setattr(bench, "ROWS", {"broken": broken, "missing": missing, "fine": fine})
     monkeypatch.setattr(bench, "TEMPORARY", tmp_path / "temporary")
-    (tmp_path / "temporary").mkdir()
     with pytest.raises(SystemExit) as stop:
         bench.main(["--out", str(tmp_path / "out.json")])
     assert stop.value.code == 1
