@@ -93,7 +93,9 @@ def completion_log_probs(model, batch: dict) -> torch.Tensor:
     """log p̂(y|x) of each completion, its end-of-sequence token included: float32 [B], with the gradient.
     batch: input_ids, attention_mask, position_ids [B, T] and completion_ids, completion_mask [B, C], laid out as
     [pad … prompt][completion … pad] (see `collate`): all completions start at the same column, so that the logits of
-    the last C + 1 columns suffice, and a vocabulary of 128k stays out of memory."""
+    the last C + 1 columns suffice, and a vocabulary of 128k stays out of memory.
+    In a trainer of your own, on Hopper GPUs, call `torch.backends.cuda.enable_cudnn_sdp(False)` first: with padding,
+    gradients can be NaN without (see `make_accelerator`)."""
     width = batch["completion_ids"].shape[1]
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits
@@ -863,6 +865,9 @@ def make_accelerator(
     patience_minutes: how long a process waits for the others before it gives up."""
     cuda, launched = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # it would divide every loss once more
+    # cuDNN's attention (PyTorch 2.11 to 2.13 prefer it on Hopper) makes NaN gradients where the length is 64 beyond a
+    # multiple of 128 and a row is masked, as all left-padded batches have: pytorch/pytorch#196678.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, in the middle of the progress bar
         if "OMP_NUM_THREADS" not in os.environ:

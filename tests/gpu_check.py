@@ -14,6 +14,7 @@ order (tests/gpu_checks.py has them):
                            forward, the weights moved as AdamW moves them, the checkpoint holds them. CoT: rows without
                            a solution drop out. GRPO: the embedded model, after it has learnt 32 problems by heart
     loss                   CE, DCO and GRPO: loss and gradient are those of a float64 reference on the CPU
+    padding                a padded batch has the log p and the gradient of its examples one at a time
     logits                 log p over a vocabulary of 128,256 takes the memory of the answer's columns, not of all
     zero-2 zero-3          DeepSpeed in one process does what plain training does
     vllm                   an engine on the trainer's GPU: its greedy tokens are the trainer's, also with new weights;
@@ -48,7 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LEAST = 15  # seconds without which no check is begun
 GRACE, STUDY_GRACE = 10, 30  # seconds to end in; a training run saves its state on SIGTERM
-NAMES = ["direct", "cot", "grpo", "lean", "loss", "logits", "zero-2", "zero-3", "vllm", "bench"]
+NAMES = ["direct", "cot", "grpo", "lean", "loss", "padding", "logits", "zero-2", "zero-3", "vllm", "bench"]
 PACKAGES = ("torch", "transformers", "accelerate", "vllm", "deepspeed", "ray")
 
 

@@ -44,7 +44,8 @@ def demand(condition, why: str):
 def checks(args) -> dict:
     """{its name: the check}, in their order."""
     found = {"direct": check_direct, "cot": check_cot, "grpo": check_grpo, "lean": check_lean, "loss": check_loss}
-    found |= {"logits": check_logits, "zero-2": partial(check_zero, 2), "zero-3": partial(check_zero, 3)}
+    found |= {"padding": check_padding, "logits": check_logits}
+    found |= {f"zero-{stage}": partial(check_zero, stage) for stage in (2, 3)}
     found |= {"vllm": check_vllm, "bench": check_bench}
     found |= {f"study-n{n:.15g}": partial(study_run, n) for n in args.study_n_primes}
     return found | {"study-figures": study_figures, "study-passn": study_passn}
@@ -262,6 +263,48 @@ def check_loss(args, numbers, folder):
                 demand(off <= allowed, f"N' or kind {kind}, {how}: {name} is off by {off:.2g}, allowed {allowed:g}")
                 worst[how, name] = max(off, worst.get((how, name), 0))
     return "at most off, relatively: " + ", ".join(f"{how} {name} {off:.1g}" for (how, name), off in worst.items())
+
+
+def check_padding(args, numbers, folder):
+    """Batches as the scripts compute them, padded on the left, of lengths around multiples of a kernel's tiles: log p
+    and gradient are those of the examples one at a time. What cuDNN's attention makes of them is told, not demanded."""
+    accelerator, tokenizer = common.make_accelerator(), common.load_tokenizer(args.model)
+    model = common.load_model(args.model, tokenizer, seed=0)[0].to(accelerator.device)
+    ids, answer = [3 + i % (len(tokenizer) - 3) for i in range(7, 7000, 7)], 8
+    cuda, longest = args.device == "cuda", common.longest_context(args.model) - answer
+    worst, allowed = {"log p": 0.0, "1 - cosine": 0.0}, 2e-2 if args.device == "cuda" else 1e-5
+
+    def computed(batches):
+        """-> log p of each example, and the gradient of their sum."""
+        model.zero_grad()
+        found = []
+        for examples in batches:
+            with accelerator.autocast():
+                found.append(common.completion_log_probs(model, common.collate(examples, 0, accelerator.device)))
+            found[-1].sum().backward()
+        return torch.cat(found).detach(), torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+
+    numbers["not finite with cuDNN"] = {}
+    for width in (64, 65, 100, 128, 192, 320) if cuda else (64,):
+        lengths = [width - answer - cut for cut in (0, 1, 20, width // 2)]
+        if lengths[0] > longest:
+            continue
+        examples = [common.Example(i, ids[i : i + n], ids[-answer:]) for i, n in enumerate(lengths)]
+        log_p, gradient = computed([examples])
+        broken = (~gradient.isfinite()).sum().item()
+        demand(broken == 0, f"{width} columns: {broken:,} numbers of the gradient are not finite")
+        expected, wanted = computed([[example] for example in examples])
+        offs = ((log_p - expected).abs() / expected.abs()).max(), 1 - torch.cosine_similarity(gradient, wanted, dim=0)
+        for name, off in zip(worst, offs, strict=True):
+            demand(off <= allowed, f"{width} columns: {name} is off by {off:.2g}, allowed {allowed:g}")
+            worst[name] = max(worst[name], off.item())
+        if cuda:
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            numbers["not finite with cuDNN"][width] = (~computed([examples])[1].isfinite()).sum().item()
+            torch.backends.cuda.enable_cudnn_sdp(False)
+    lost = [width for width, count in numbers["not finite with cuDNN"].items() if count]
+    told = f"; by cuDNN's attention the gradient of {lost} columns would not be finite" if lost else ""
+    return "at most off, relatively: " + ", ".join(f"{name} {off:.1g}" for name, off in worst.items()) + told
 
 
 def check_logits(args, numbers, folder):

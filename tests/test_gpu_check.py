@@ -1,6 +1,6 @@
 """tests/gpu_check.py on a CPU: every check is listed with its outcome, each can fail, and none takes others with it.
 
-It has not met a GPU. Not run here, for their time: grpo, lean, zero-*, vllm, bench, study-passn;
+Not run here, for their time: grpo, lean, zero-*, vllm, bench, study-passn;
 what they rest on has tests of its own, and what vllm and zero-* conclude is tried on made-up engines and runs."""
 
 import copy
@@ -238,6 +238,23 @@ def test_a_loss_that_keeps_all_logits_is_found(monkeypatch, tmp_path):
 
     monkeypatch.setattr(common, "completion_log_probs", of_all)
     assert "bytes, and with all logits" in fails(gpu_checks.check_logits, ON_CPU, {}, tmp_path)
+
+
+@pytest.mark.parametrize("wrong, message", [("attention_mask", "log p is off"), ("gradient", "are not finite")])
+def test_padding_that_matters_is_found(wrong, message, monkeypatch, tmp_path):
+    collate, log_probs = common.collate, common.completion_log_probs
+
+    def padded_alike(*inputs):
+        return (batch := collate(*inputs)) | {wrong: torch.ones_like(batch[wrong])}
+
+    def with_nan(model, batch):  # as cuDNN's attention: nothing is seen before the gradient
+        found = log_probs(model, batch)
+        found.register_hook(lambda gradient: torch.full_like(gradient, torch.nan))
+        return found
+
+    replaced = ("collate", padded_alike) if wrong == "attention_mask" else ("completion_log_probs", with_nan)
+    monkeypatch.setattr(common, *replaced)
+    assert message in fails(gpu_checks.check_padding, ON_CPU, {}, tmp_path)
 
 
 @pytest.fixture

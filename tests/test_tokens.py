@@ -87,6 +87,12 @@ def test_gradient_does_not_reach_padding(tiny_model, tokenizer):
     assert tiny_model.model.embed_tokens.weight.grad[tokenizer.bos_token_id].abs().max() > 0
 
 
+def test_attention_that_loses_the_gradient_of_padded_batches_is_off():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    common.make_accelerator()
+    assert not torch.backends.cuda.cudnn_sdp_enabled(), "pytorch/pytorch#196678"
+
+
 def test_unknown_character_is_a_data_error(tokenizer, capsys):
     with pytest.raises(SystemExit) as stop:
         common.encode([row("1€+1=")], tokenizer, "direct", 2048)
