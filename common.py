@@ -927,6 +927,7 @@ def end(accelerator):
 def load_tokenizer(model: str):
     transformers.logging.set_verbosity_error()  # its warnings are about flags that we set on purpose
     transformers.logging.disable_progress_bar()
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # each state of a tied head would be warned of
     check_model(model)
     tokenizer = from_hub_or_folder(transformers.AutoTokenizer, model)
     if tokenizer.eos_token_id is None:

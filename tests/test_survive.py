@@ -301,6 +301,21 @@ def test_steps_and_proofs_go_on_as_if_nothing_had_been(level, server, folder):
     assert_same_run(out, one)
 
 
+def test_a_tied_head_goes_on_as_if_nothing_had_been_and_is_not_warned_of(sums, server, folder):
+    model = shutil.copytree(ROOT / "examples/tiny_llama", folder / "tied-llama")
+    config = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (model / "config.json").write_text(json.dumps(config))
+    arguments = ["train_direct", "--model", model, "--batch-size", 16, "--n-prime", 64, "--epochs", 1]
+    arguments += ["--data", sums, "--save-every", 4]
+    one = server.start(*arguments, "--out", folder / "tied-one").wait(0)
+    assert "lm_head.weight" not in load_file(one.out / "epoch-1/model.safetensors")
+    assert "shared tensor" not in one.stderr
+    out = folder / "tied-killed"
+    server.start(*arguments, "--out", out, strike="kill, after a state's renaming, 2").wait(-signal.SIGKILL)
+    assert resume(server, arguments, out).began_at == 8
+    assert_same_run(out, one.out)
+
+
 @pytest.fixture(scope="module")
 def coins(server, folder):
     """-> data whose answers nobody can know, so that some samples are right; a model that has learned to guess."""
