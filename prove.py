@@ -853,7 +853,7 @@ def save_proofs(path: Path, runs, theorems) -> Path:
 
     known, lines = {theorem["id"]: theorem for theorem in theorems}, {}
     for _, _, results in runs:
-        for result in results:
+        for result in sorted(results, key=lambda result: result["id"]):  # they ended in an order of their own
             if result["proof"]:
                 after = [*result["states"][1:], "no goals"]
                 steps = [
