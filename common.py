@@ -1753,6 +1753,9 @@ class VLLMEngines:
         self.engines = []
 
 
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that still asks Ray for something at the end starts none anew
+
+
 def start_ray():
     """-> the module, connected to the cluster RAY_ADDRESS or to one that is started here and ends with this process."""
     import ray

@@ -18,7 +18,8 @@ start in a fresh environment (one for all of a theorem's proofs), proves it with
 
 A theorem's time (--time-limit) is that of its own tactics and its share of sampling, never waiting. It is looked at
 between blocks of --block passes, so that slow passes are not left out: see `unbiased_pass_at_n`. The paper's number
-counts passes that had not ended in time as failures; tables show it, and the unbiased one where it differs.
+counts passes that had not ended in time as failures; tables show it, and the unbiased one where it differs. (A block
+that goes on for twice the time, and 20 tactics' time-outs beyond it, is left; if it is the first, nothing is known.)
 
 In --out it writes a line of JSON a theorem and model as soon as it ends (a run that is started again goes on from
 there), prove.json with all estimates, the tables as Markdown on standard output, and success.png.
@@ -145,23 +146,34 @@ def main(argv=None):
     print(
         f"{len(theorems):,} theorems, {args.passes:,} passes each of {args.max_steps} steps at most, by {args.merge}\n"
         f"  models  {', '.join(models)}{f'; {args.baseline} {len(models)} x the passes' * bool(args.baseline)}\n"
-        f"  time    {args.time_limit:,.0f} s a theorem and {args.passes:,} passes, {args.tactic_timeout:g} s a tactic\n"
+        f"  time    {args.time_limit:,.6g} s a theorem and {args.passes:,} passes, {args.tactic_timeout:g} s a tactic\n"
         f"  Lean    {args.dojo}, sampling by {args.engine}, blocks of {args.block}, seed {args.seed}\n"
         f"  out     {args.out}",
         flush=True,
     )
     for checkpoint, times in runs:
-        path = paths[checkpoint, times]  # theorems that did not start are tried again
-        results = [result for result in common.read_whole_lines(path) if result["status"] != "not started"]
-        common.write_whole(path, "".join(json.dumps(result) + "\n" for result in results))
-        done = {result["id"] for result in results}
-        left = [theorem for theorem in theorems if theorem["id"] not in done]
+        path, results = paths[checkpoint, times], results_in(paths[checkpoint, times])
+        again = {result["id"] for result in results if result["status"] == "not started"}  # after all others
+        tried = {result["id"] for result in results}
+        left = [theorem for theorem in theorems if theorem["id"] not in tried]
+        left += [theorem for theorem in theorems if theorem["id"] in again]
         if left:
-            prove_all(args, accelerator, checkpoint, tokenizers[checkpoint], times, left, path)
-    report(args, [(*run, common.read_whole_lines(paths[run])) for run in runs], theorems)
+            prove_all(args, accelerator, checkpoint, tokenizers[checkpoint], times, left, path, tried > again)
+    report(args, [(*run, results_in(paths[run])) for run in runs], theorems)
 
 
 # ---- What is proved, by whom, where ----------------------------------------------------------------------------------
+
+
+def results_in(path: Path) -> list[dict]:
+    """A file's results, after all but the last one of each theorem have been removed from it."""
+    import common
+
+    lines = common.read_whole_lines(path)
+    results = [*{result["id"]: result for result in lines}.values()]
+    if len(results) < len(lines):
+        common.write_whole(path, "".join(json.dumps(result) + "\n" for result in results))
+    return results
 
 
 def choose_theorems(args) -> list[dict]:
@@ -191,7 +203,8 @@ def minif2f_theorems(split: str) -> list[dict]:
     found = sorted(cache.glob(f"*-{Path(url).name}-{commit}*/{Path(url).name}"))
     if not found:
         common.refuse(
-            f"MiniF2F is not in LeanDojo's cache {cache}: with Lean and network, once (some hours)\n"
+            f"MiniF2F is not in LeanDojo's cache {cache}: with git, Lean (lake on PATH), network and a "
+            "GITHUB_ACCESS_TOKEN, once (some hours)\n"
             f"    python -c \"from lean_dojo import *; trace(LeanGitRepo('{url}', '{commit}'))\""
         )
     for name in {"test": ["Test"], "valid": ["Valid"], "both": ["Test", "Valid"]}[split]:
@@ -284,7 +297,10 @@ def start_out(args, theorems, runs) -> dict:
     except OSError:
         common.refuse(f"--out {args.out}: another prove.py is writing there")
     file = args.out / "settings.json"
-    there = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        there = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        common.refuse(f"{file} is broken ({error}): remove it if the results beside it are of these settings")
     for name, value in json.loads(json.dumps(settings)).items():
         if there and there.get(name, value if name.startswith("weights of") else None) != value:
             old = "another" if name == "theorems" or name.startswith("weights of") else there.get(name)
@@ -318,6 +334,7 @@ def prove_theorem(theorem: dict, passes: int, args, lean, sample) -> dict:
     that did not end.
     """
     limit, spent, counts = args.time_limit * passes / args.passes, Counter(), Counter()
+    leave_at = max(2 * limit, limit + 20 * args.tactic_timeout)  # a block is to end, but not at any cost
     root = Place(None, None, 0, 0)
     places, known, blocks = [root], {}, []  # known, under --merge text: text, or (text, tactic) -> the first such place
     proofs, proved, in_time = {}, {}, Counter()  # place -> {block: passes}; place -> states; place -> passes in time
@@ -361,7 +378,7 @@ def prove_theorem(theorem: dict, passes: int, args, lean, sample) -> dict:
                     child.asked.shared |= child.asked.block != number
                     counts["steps"] += n * (child.kind not in ("no end", "refused"))
                     moved[child] += n
-            while new and spent.total() < 2 * limit:  # a block is to end, but not at any cost
+            while new and spent.total() < leave_at:
                 now, new = new[:64], new[64:]
                 calls = [(place.parent.source.state_path, place.tactic) for place in now]
                 for place, (kind, text, seconds) in zip(now, lean.do("apply", theorem, calls), strict=True):
@@ -389,7 +406,7 @@ def prove_theorem(theorem: dict, passes: int, args, lean, sample) -> dict:
             if args.stop_at_first and len(proofs) > len(proved):
                 proved |= replay([place for place in proofs if place not in proved])
                 status = "stopped at a proof" if any(proved.values()) else None
-            elif walkers and spent.total() >= 2 * limit:
+            elif walkers and spent.total() >= leave_at:
                 status = "block left unfinished"
             if status:
                 break
@@ -539,6 +556,7 @@ class LeanWorker:
             began = time.perf_counter()
             try:
                 kind, text = getattr(self, method)(*item)
+                "".join([text] if isinstance(text, str) else text).encode()  # no text, no state
             except Exception as error:  # whatever it is: it is told and counted, and this environment is over
                 self.leave()
                 text = f"{type(error).__name__}: {error}"[:300]
@@ -581,26 +599,27 @@ class Lean:
         self.actor, self.settings, self.patience, self.events = actor, settings, patience, Counter()
         self.worker = actor.remote(*settings)
 
-    def ask(self, *inputs) -> list[tuple]:
-        """What `LeanWorker.do` answers; if it does not, that of one failed attempt."""
+    def ask(self, *inputs) -> tuple[list[tuple], bool]:
+        """-> what `LeanWorker.do` answers, or one failed attempt if it does not; whether it did."""
         import ray
 
         began = time.perf_counter()
         try:
-            return ray.get(self.worker.do.remote(*inputs), timeout=self.patience)
+            return ray.get(self.worker.do.remote(*inputs), timeout=self.patience), True
         except ray.exceptions.GetTimeoutError:
             kind, why = "timeout", f"no answer of the environment in {self.patience:g} s"
         except ray.exceptions.RayError as error:
             kind, why = "crash", f"the environment's worker died: {str(error).strip().splitlines()[-1]}"[:300]
         ray.kill(self.worker)
         self.worker = self.actor.remote(*self.settings)
-        return [(kind, why, time.perf_counter() - began)]
+        return [(kind, why, time.perf_counter() - began)], False
 
     def do(self, method: str, theorem: dict, items: list[tuple]) -> list[tuple]:
         """-> (kind, text or states, seconds) of each item. One that goes wrong is tried once more, alone."""
-        outcomes, alone, lost = [], False, 0.0
+        outcomes, alone, lost, together = [], False, 0.0, len(items)
         while len(outcomes) < len(items):
-            answer = self.ask(method, theorem, items[len(outcomes) :][: 1 if alone else None])
+            answer, answered = self.ask(method, theorem, items[len(outcomes) :][: 1 if alone else together])
+            together = together if answered else 1  # any of them may have done it
             kind, text, seconds = answer[-1]
             self.events[kind] += kind in BROKEN
             if kind in BROKEN and not alone:
@@ -610,8 +629,9 @@ class Lean:
         return outcomes
 
 
-def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
-    """Every theorem's passes by one model; each line of `path` is written as soon as it is known."""
+def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path, started):
+    """Every theorem's passes by one model; each line of `path` is written as soon as it is known.
+    started: whether the environment has been seen to start with any theorem, now or in a run before."""
     import ray
     import torch
     from tqdm import tqdm
@@ -700,7 +720,7 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
     try:
         for lean in crew:
             threading.Thread(target=work, args=[lean], daemon=True).start()
-        ended, failed = 0, 0  # threads; theorems in a row that did not start
+        ended, failed = 0, 0  # threads; theorems that did not start, before one did
         while ended < count:
             items = [inbox.get() for _ in range(max(1, inbox.qsize()))]
             for item in items:
@@ -708,9 +728,10 @@ def prove_all(args, accelerator, checkpoint, tokenizer, times, theorems, path):
                     raise item
                 if isinstance(item, dict):
                     progress.update()  # here alone: a thread that ends in it would keep its lock
-                    failed = failed + 1 if item["status"] == "not started" else 0
+                    started |= item["status"] != "not started"
+                    failed += not started
                     if failed == max(20, 2 * count):
-                        raise RuntimeError(f"{failed} theorems in a row did not start: {item['message']}")
+                        raise RuntimeError(f"the first {failed} theorems did not start: {item['message']}")
             ended += items.count(None)
             if batch := [item for item in items if isinstance(item, tuple)]:
                 answer_together(batch)
@@ -741,7 +762,7 @@ def unbiased_pass_at_n(result: dict, n: int) -> tuple[float, bool]:
     whose last one is of those without which the time was not over. All these orders are as likely, so the average over
     them of the estimate from the blocks before the last one is unbiased: of pass@1 exactly, of pass@n as far as the
     blocks are independent of each other (in simulations, no bias is seen), and for n above one block given that so
-    many blocks were admitted."""
+    many blocks were admitted. A block that was left unfinished can only have been the last one, whatever the order."""
     import common
 
     passes, right = (sum(block[name] for block in result["blocks"]) for name in ("passes", "successes"))

@@ -718,6 +718,7 @@ class Search:
     def merged(self, theorem: dict, passes: int) -> tuple[dict, float]:
         """-> (the result of all passes, seconds). Asserts that the environment was called once for each path."""
         how = {"passes": passes, "time_limit": 1e9, "block": passes, "max_steps": 50, "merge": "path"}
+        how["tactic_timeout"] = 30
         args, drawn = argparse.Namespace(**how, stop_at_first=False), set()
 
         def sample(theorem, block, walkers):

@@ -100,6 +100,7 @@ def saying(*rounds):
 
 def search(lean, sample, asked, i=0, **settings):
     defaults = {"passes": asked, "time_limit": 1e9, "block": 256, "max_steps": 50, "merge": "path"}
+    defaults["tactic_timeout"] = 30.0
     args = argparse.Namespace(**defaults | {"stop_at_first": False} | settings)
     args.block = min(args.block, asked)
     return prove.prove_theorem({"id": i, "full_name": "t", "file_path": "f"}, asked, args, lean, sample)
@@ -199,18 +200,19 @@ def test_equal_texts_are_asked_once_where_that_is_wanted():
 # The time limit
 
 
-def test_a_time_limit_biases_the_plain_average_but_not_the_estimate():
+@pytest.mark.parametrize("limit", [20.0, 6.0])  # of a few blocks; of less than most blocks take
+def test_a_time_limit_biases_the_plain_average_but_not_the_estimate(limit):
     q, n, searches = chance(), 8, 2000
     found, average = {1: [], n: []}, []
     for i in range(searches):
-        result = search(KnownTree(seconds=SLOW), drawing(5), 32 * n, i, block=n, time_limit=20.0)
+        result = search(KnownTree(seconds=SLOW), drawing(5), 32 * n, i, block=n, time_limit=limit)
         for k in found:
             value, bound = prove.unbiased_pass_at_n(result, k)
             assert not bound
             found[k].append(value)
         passes, right = (sum(block[name] for block in result["blocks"]) for name in ("passes", "successes"))
         average.append(right / passes)
-    assert z_of(average, q) > 10
+    assert limit < 20 or z_of(average, q) > 10
     for k in found:
         assert abs(z_of(found[k], 1 - (1 - q) ** k)) < 4, k
 
@@ -249,12 +251,12 @@ def test_a_limit_grows_with_the_passes():
     assert search(KnownTree(), drawing(6), 64, passes=16, time_limit=5.0)["limit"] == 20.0
 
 
-def test_a_block_is_left_at_twice_the_limit_and_does_not_count():
+@pytest.mark.parametrize("timeout, left_at", [(0.1, 4.0), (0.2, 6.0)])
+def test_a_block_is_left_at_twice_the_limit_and_20_timeouts_and_does_not_count(timeout, left_at):
     tree = {"r": {"a": (0, "r"), "b": (0, "DONE")}}
-    rounds = [{("a",) * k: ["a"] * 3 + ["b"] * (k == 0)} for k in range(4)]
-    rounds[0] = {(): ["a", "a", "a", "b"]}
-    result = search(KnownTree(tree), saying(*rounds), 8, block=4, time_limit=2.0)
-    assert result["status"] == "block left unfinished" and result["lean_seconds"] == 4.0
+    rounds = [{("a",) * k: ["a"] * 3 + ["b"] * (k == 0)} for k in range(6)]
+    result = search(KnownTree(tree), saying(*rounds), 8, block=4, time_limit=2.0, tactic_timeout=timeout)
+    assert result["status"] == "block left unfinished" and result["lean_seconds"] == left_at
     assert result["blocks"] == [] and (result["passes"], result["successes"]) == (1, 1)
     assert prove.unbiased_pass_at_n(result, 1) == (0.0, True)
     assert result["in_time"] == 0 and prove.paper_pass_at_n(result, 1) == (0.0, False)
@@ -636,6 +638,23 @@ def test_a_worker_that_dies_or_hangs_is_replaced(ray_here, actor, tmp_path):
     ray_here.kill(lean.worker)
 
 
+def test_a_tactic_that_kills_its_worker_does_so_twice_wherever_it_stands(ray_here, actor):
+    """Which of a request's tactics it was is not known at first: the others may not be tried again with it."""
+    lean = prove.Lean(actor, ("tests.toy_dojo:Dojo", 1.0, 1.0, 1), patience=30.0)
+    outcomes = apply(lean, toy("toy_3"), [*(((), f"no {i}") for i in range(9)), ((), "die"), ((), "step")])
+    assert kinds(outcomes) == ["error"] * 9 + ["crash", "open"]
+    assert lean.events["crash"] == 3, "once with the others, and twice alone"
+    ray_here.kill(lean.worker)
+
+
+@pytest.mark.parametrize("text", ["no_text", "half_a_pair"])
+def test_a_state_that_is_no_text_is_a_crash(text, ray_here, actor):
+    lean = prove.Lean(actor, ("tests.toy_dojo:Dojo", 1.0, 1.0, 1), patience=30.0)
+    outcomes = apply(lean, toy("toy_3"), [((), text), ((), "step")])
+    assert kinds(outcomes) == ["crash", "open"]
+    ray_here.kill(lean.worker)
+
+
 def test_a_killed_worker_leaves_no_lean_behind(ray_here, lean, records):
     """Lean hangs and does not hear of SIGHUP or SIGTERM."""
     where = {"env_vars": {**lean, "PYTHONPATH": str(ROOT)}}
@@ -821,6 +840,36 @@ def test_a_finished_run_is_only_reported_again_and_other_settings_are_refused(wh
             assert stop.value.code == 2 and f"holds results of other settings ({told})" in error, error
     assert (folder / "out/model-epoch-1.jsonl").read_bytes() == before
     path.write_text(original)
+
+
+def test_theorems_that_do_not_start_are_tried_again_and_stop_nothing(tmp_path, scripted):
+    """25 that never start come first: the first run takes the environment for broken, the second knows better."""
+    theorems = [toy("unwilling") | {"file_path": f"{i}", "traced_tactics": []} for i in range(25)]
+    theorems += [toy("toy_1") | {"file_path": f"{i}", "traced_tactics": []} for i in range(25, 30)]
+    (tmp_path / "theorems.json").write_text(json.dumps(theorems))
+    flags = ["--model", scripted, "--theorems", tmp_path / "theorems.json", "--passes", 4, "--workers", 2]
+    flags += ["--engine", "transformers", "--dojo", "tests.toy_dojo:Dojo", "--out", tmp_path / "out"]
+    path, found = tmp_path / "out/model-epoch-1.jsonl", []
+    for code in (1, 0, 0):
+        _, err = finish(start_script(*flags), code)
+        assert ("theorems did not start: OSError: this theorem is not for me" in err) == (code == 1)
+        lines = read(path)
+        assert len({line["id"] for line in lines}) == len(lines)
+        found.append(Counter(line["status"] for line in lines))
+    assert 20 <= found[0]["not started"] <= 22 and found[0]["done"] == 0
+    assert found[1] == found[2] == {"not started": 25, "done": 5}
+
+
+def test_broken_settings_are_named(tmp_path, scripted, capsys, monkeypatch):
+    theorems = tmp_path / "theorems.json"
+    theorems.write_text(json.dumps([toy("toy_1") | {"traced_tactics": []}]))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/settings.json").write_text("{")
+    monkeypatch.setattr(common, "load_tokenizer", lambda checkpoint: None)
+    with pytest.raises(SystemExit):
+        flags = ["--model", scripted, "--theorems", theorems, "--dojo", "tests.toy_dojo:Dojo"]
+        prove.main([*map(str, flags), "--engine", "transformers", "--out", str(tmp_path / "out")])
+    assert "settings.json is broken" in capsys.readouterr().err
 
 
 # Runs that are disturbed

@@ -49,6 +49,8 @@ class Dojo:
             time.sleep(1000)
         if word == "raise":
             raise RuntimeError("no such luck")
+        if word in ("no_text", "half_a_pair"):
+            return TacticState(None if word == "no_text" else "\ud83d", 1)
         if word in ("step", "die_once", "hang_once"):
             return self.state(state.left - 1)
         return LeanError(f"no such tactic: {tactic}")
