@@ -18,7 +18,9 @@ line a step), epochs.jsonl (a line an epoch) and epoch-<k>/, an ordinary Hugging
 import argparse
 import math
 import os
+import statistics
 import time
+from collections import Counter
 from pathlib import Path
 
 # The settings of the embedded experiment, which take the place of the paper's when the model is one of examples/.
@@ -197,6 +199,7 @@ def main(argv=None):
         "base": common.base_of(args.model),
     }
 
+    of_proofs = [*Counter(row["proof"] for row in rows["train"]).values()]  # LeanDojo's: 4.2 on average, median 2
     unit, n_name = args.level, "N_eff" if args.level == "step" else "whole proofs, N'"
     loss_name = (
         "cross-entropy" if args.n_prime == 1 else f"DCO with {n_name} = {args.n_prime:g}, F >= {args.factor_threshold}"
@@ -206,7 +209,8 @@ def main(argv=None):
         accelerator,
         f"{loss_name}, NLL {args.nll} over the tokens",
         about_model,
-        f"{len(candidates):,} {unit}s to train on (dropped: {dropped['train'] or 'none'}), "
+        f"{len(candidates):,} {unit}s to train on (dropped: {dropped['train'] or 'none'}), in proofs of "
+        f"{statistics.mean(of_proofs):.1f} steps on average, median {statistics.median(of_proofs):g}; "
         f"{len(examples['test']):,} steps to test (dropped: {dropped['test'] or 'none'})",
         f"{args.batch_size} accepted {unit}s",
         f"{args.micro_batch_size}",

@@ -230,7 +230,9 @@ def test_extra_proofs_and_what_a_checkpoint_says(capsys, data, tmp_path):
     extra = ["--extra", tmp_path / "found.jsonl", tmp_path / "more.jsonl"]
     out = train(tmp_path / "run", "--data", data, *extra, "--n-eff", 1, "--epochs", 1, "--batch-size", 50)
     told = capsys.readouterr().out
-    assert "203 steps to train on (dropped: none), 20 steps to test (dropped: none)" in told
+    assert (
+        "203 steps to train on (dropped: none), in proofs of 2.4 steps on average, median 2; 20 steps to test" in told
+    )
     assert "cross-entropy, NLL" in told and "50 accepted steps each, from 1 process" in told
     steps = read(out / "metrics.jsonl")
     assert sorted(i for step in steps for i in step["ids"]) == list(range(203))
