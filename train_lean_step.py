@@ -128,6 +128,8 @@ def load_steps(path: Path, first_id: int = 0) -> list[dict]:
         for field in ("state", "tactic"):
             if not isinstance(line.get(field), str) or not line[field].strip():
                 common.refuse(f"{source}: field {field!r} is missing or empty; a step is a state and its tactic")
+        if not isinstance(line.get("proof", source), str | int):
+            common.refuse(f"{source}: field 'proof' must be a text or a whole number that the proof's steps share")
         proof = (str(path), line.get("proof", source))
         row = {"id": first_id + len(rows), "source": source, "proof": proof}
         rows.append(row | {"problem": line["state"], "answer": line["tactic"]})

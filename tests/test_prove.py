@@ -823,6 +823,11 @@ def test_a_finished_run_is_only_reported_again_and_other_settings_are_refused(wh
     path.write_text(original)
 
 
+def toy_flags(out, *names):
+    theorems = write_theorems(out.parent / "toys.json", {name: toy(name) for name in names}, names)
+    return ["--theorems", theorems, "--dojo", "tests.toy_dojo:Dojo", "--engine", "transformers", "--out", out]
+
+
 # Runs that are disturbed
 
 SLOW_CHANCES = {
@@ -1088,6 +1093,8 @@ def test_models_that_are_missing_or_wrong(elsewhere, capsys, scripted):
     refused(["--ensemble", scripted, f"{scripted}/."], capsys, "a model is given twice")
     other = make_checkpoint(elsewhere / "direct/epoch-1", {}, template="direct")
     refused(["--model", other], capsys, "was not trained on proof states")
+    (other / "dco.json").write_text('{"template": "lean", ')
+    refused(["--model", other], capsys, f"error: {other}/dco.json: not a JSON object (", "copy the checkpoint anew")
     for name in ("lean-neff8/epoch-2", "lean-neff8/epoch-10", "lean-neff16/epoch-1", "lean-neff1/epoch-3"):
         make_checkpoint(elsewhere / "runs" / name, {})
     make_checkpoint(elsewhere / "runs/lean-neff-old/epoch-9", {})
@@ -1206,6 +1213,16 @@ def test_two_checkpoints_of_one_name_are_refused(elsewhere, capsys, records):
         refused(
             ["--ensemble", a, b, "--theorems", "list.json"], capsys, "two checkpoints have the same last two folders"
         )
+
+
+def test_a_broken_line_of_the_results_is_named(scripted, here, capsys, tmp_path):
+    """But for the last one, which a kill may have cut short."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/model-epoch-1.jsonl").write_text('{"id": 0}\n{"id": 1, \n{"id": 2}\n{"id": 3, ')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_tokenizer", lambda checkpoint: None)
+        told = f"error: {tmp_path}/out/model-epoch-1.jsonl:2: not JSON", "each line must be one object"
+        refused(["--model", scripted, *toy_flags(tmp_path / "out", "toy_1")], capsys, *told)
 
 
 def test_the_papers_settings():
