@@ -353,9 +353,10 @@ def load_theorems(path: Path) -> list[dict]:
         for field in ("url", "commit", "file_path", "full_name"):
             if not isinstance(theorem, dict) or not isinstance(theorem.get(field), str):
                 refuse(f"{source}: field {field!r} is missing; a theorem has the fields of LeanDojo's benchmark")
-        for step in theorem.get("traced_tactics", []):
+        steps = theorem.get("traced_tactics", [])
+        for step in steps if isinstance(steps, list) else [None]:
             if not isinstance(step, dict) or {"tactic", "state_before"} - step.keys():
-                refuse(f"{source}: a traced tactic lacks 'tactic' or 'state_before'")
+                refuse(f"{source}: field 'traced_tactics' must list steps with 'tactic' and 'state_before', or be []")
     return [theorem | {"source": source} for source, theorem in found]
 
 
@@ -838,7 +839,10 @@ def base_of(model: str) -> str:
 def read_record(checkpoint: str) -> dict:
     """What training wrote about its checkpoint: template, max_new_tokens, n_prime, data, base; {} for other models."""
     path = Path(checkpoint) / "dco.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return {**json.loads(path.read_bytes())} if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        refuse(f"{path}: not a JSON object ({error}): copy the checkpoint anew, or take this file away to do without")
 
 
 def zero_config(stage: int, clip: float, micro_batch_size: int, offload: bool) -> dict:
@@ -1089,7 +1093,7 @@ def read_whole_lines(path: Path) -> list[dict]:
     with open(path, "r+b") as file:
         whole = file.read().rpartition(b"\n")[0]
         file.truncate(len(whole) + bool(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    return [line for _, line in read_json_lines(path)]
 
 
 def fingerprint(checkpoint: str) -> list | str:

@@ -88,7 +88,8 @@ def parse_arguments(argv=None, settings=None):
         parser.error(f"--n-prime must be a number from 1 up, not {args.n_prime}")
     if not 0 <= args.factor_threshold < 1:
         parser.error(f"--factor-threshold is a value of F and must lie in [0, 1), not {args.factor_threshold}")
-    for name in ("epochs", "max_steps", "batch_size", "micro_batch_size", "lr", "clip", "save_every", "patience"):
+    positive = ("epochs", "max_steps", "batch_size", "micro_batch_size", "lr", "clip", "save_every", "patience")
+    for name in positive:
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if not all(0 < share < 1 for share in args.checkpoint_at):

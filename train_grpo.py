@@ -95,18 +95,8 @@ def parse_arguments(argv=None, settings=None):
     where.add_argument("--show-every", type=int, default=10, help="print a roll-out every so many steps")
     parser.set_defaults(**settings or {})
     args = parser.parse_args(argv)
-    positive = (
-        "epochs",
-        "max_steps",
-        "batch_size",
-        "tokens_per_micro_batch",
-        "lr",
-        "clip",
-        "show_every",
-        "save_every",
-        "patience",
-    )
-    for name in (*positive, "max_new_tokens", "gpu_memory", "gpus_per_engine", "eval_n"):
+    positive = ("epochs", "max_steps", "batch_size", "tokens_per_micro_batch", "lr", "clip", "save_every", "patience")
+    for name in (*positive, "show_every", "max_new_tokens", "gpu_memory", "gpus_per_engine", "eval_n"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if args.rollouts < 2:

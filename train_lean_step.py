@@ -100,17 +100,8 @@ def parse_arguments(argv=None, settings=None):
         parser.error(f"--n-eff and --n-prime must be numbers from 1 up, not {args.n_prime}")
     if not 0 <= args.factor_threshold < 1:
         parser.error(f"--factor-threshold is a value of F and must lie in [0, 1), not {args.factor_threshold}")
-    for name in (
-        "epochs",
-        "max_steps",
-        "batch_size",
-        "micro_batch_size",
-        "lr",
-        "clip",
-        "save_every",
-        "patience",
-        "max_length",
-    ):
+    positive = ("epochs", "max_steps", "batch_size", "micro_batch_size", "lr", "clip", "save_every", "patience")
+    for name in (*positive, "max_length"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if not all(0 < share < 1 for share in args.checkpoint_at):
@@ -139,6 +130,8 @@ def load_steps(path: Path, first_id: int = 0) -> list[dict]:
         for field in ("state", "tactic"):
             if not isinstance(line.get(field), str) or not line[field].strip():
                 common.refuse(f"{source}: field {field!r} is missing or empty; a step is a state and its tactic")
+        if not isinstance(line.get("proof", source), str | int):
+            common.refuse(f"{source}: field 'proof' must be a text or a whole number that the proof's steps share")
         proof = (str(path), line.get("proof", source))
         row = {"id": first_id + len(rows), "source": source, "proof": proof}
         rows.append(row | {"problem": line["state"], "answer": line["tactic"]})

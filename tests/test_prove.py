@@ -103,7 +103,7 @@ def search(lean, sample, asked, i=0, **settings):
     defaults["tactic_timeout"] = 30.0
     args = argparse.Namespace(**defaults | {"stop_at_first": False} | settings)
     args.block = min(args.block, asked)
-    return prove.prove_theorem({"id": i, "full_name": "t", "file_path": "f"}, asked, args, lean, sample)
+    return prove.prove_theorem({"id": i, **toy("toy_1")}, asked, args, lean, sample)
 
 
 def chance(state="r", steps=50, tree=TREE):
@@ -506,6 +506,16 @@ def test_a_worker_goes_from_theorem_to_theorem_and_leaves_nothing(worker, record
     assert running(lean, "one_step", wait=2) == []
 
 
+def test_a_proof_that_needs_what_a_search_has_left_behind_is_no_proof(here):
+    """Its tactic works only where another one was tried before, and a replay begins in an environment that is new."""
+    worker = prove.LeanWorker("tests.toy_dojo:Dojo", 9.0, 9.0, 1)
+    worker.events = Counter()
+    result = search(worker, saying({(): ["note", "if_noted", "step"]}), 3)
+    worker.watch.stdin.close()
+    assert result["kinds"] == {"error": 1, "proved": 2}
+    assert (result["successes"], result["proof"], result["unreplayable"]) == (1, ["step"], 1)
+
+
 @pytest.mark.parametrize("name, path", [("one_step", ["sorry"]), ("sorry_inside", ["have h : 1 < 2 := by sorry"])])
 def test_a_sorry_proves_nothing(worker, records, name, path):
     """Were it tried: prove.py refuses to."""
@@ -672,6 +682,21 @@ def test_a_killed_worker_leaves_no_lean_behind(ray_here, lean, records):
     assert running(lean, "hanging_only", wait=10) == []
     with pytest.raises(ray_here.exceptions.RayError):
         ray_here.get(answer, timeout=20)
+
+
+def test_workers_share_the_memory_of_their_node(ray_here, lean, records):
+    import psutil
+
+    where = {"env_vars": {**lean, "PYTHONPATH": str(ROOT)}}
+    actor = ray_here.remote(prove.LeanWorker).options(num_cpus=0, runtime_env=where)
+    for workers in (1, 3):
+        worker = actor.remote("lean_dojo:Dojo", 9.0, 30.0, workers)
+        assert kinds(ray_here.get(worker.do.remote("first_state", records["slow"], [()]), timeout=60)) == ["open"]
+        (pid,) = running(lean, "slow")
+        share = psutil.virtual_memory().total // workers >> 30  # GiB, of which Lean is told MiB
+        assert f"--memory={1024 * share}" in psutil.Process(pid).cmdline()
+        ray_here.get(worker.leave.remote(), timeout=30)
+        ray_here.kill(worker)
 
 
 # prove.py from start to table; the model is a table of tactics
@@ -870,6 +895,41 @@ def test_broken_settings_are_named(tmp_path, scripted, capsys, monkeypatch):
         flags = ["--model", scripted, "--theorems", theorems, "--dojo", "tests.toy_dojo:Dojo"]
         prove.main([*map(str, flags), "--engine", "transformers", "--out", str(tmp_path / "out")])
     assert "settings.json is broken" in capsys.readouterr().err
+
+
+def toy_flags(out, *names):
+    theorems = write_theorems(out.parent / "toys.json", {name: toy(name) for name in names}, names)
+    return ["--theorems", theorems, "--dojo", "tests.toy_dojo:Dojo", "--engine", "transformers", "--out", out]
+
+
+def test_two_at_once_do_not_write_into_one_folder(scripted, here, tmp_path, capsys):
+    """A run of this process, which holds the lock until it ends, and one of another."""
+    import scripted_prove
+
+    flags = ["--model", scripted, *toy_flags(tmp_path / "out", "toy_1")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_tokenizer", lambda checkpoint: scripted_prove.Bytes())
+        for name in ("prove_all", "report"):
+            patch.setattr(prove, name, lambda *_: None)
+        prove.main([*map(str, flags)])
+    _, err = finish(start_script(*flags), code=2)
+    assert f"error: --out {tmp_path}/out: another prove.py is writing there" in err
+
+
+def test_models_of_an_ensemble_draw_independently(cluster, tmp_path):
+    """A sampler sees no difference between the three but that of the seeds, which come from the weights: two have the
+    same, wherever they lie."""
+    from scripted_prove import make_checkpoint
+
+    chances, names = {"1 to go": {"step": 1, "skip": 1}}, ["toy_1"] * 6
+    tables = {"one": chances, "other": chances | {"never": {"seen": 1}}, "copy": chances}
+    models = [make_checkpoint(tmp_path / name / "epoch-1", table) for name, table in tables.items()]
+    finish(start_script("--ensemble", *models, *toy_flags(tmp_path / "out", *names), "--workers", 1, **cluster))
+    one, other, copy = (
+        {line["id"]: line["successes"] for line in read(tmp_path / f"out/{name}-epoch-1.jsonl")} for name in tables
+    )
+    assert all(1800 < successes < 2300 for successes in [*one.values(), *other.values()])
+    assert one == copy != other and len(one) == len(other) == 6 and len({*one.values()}) > 1
 
 
 # Runs that are disturbed
@@ -1137,6 +1197,8 @@ def test_models_that_are_missing_or_wrong(elsewhere, capsys, scripted):
     refused(["--ensemble", scripted, f"{scripted}/."], capsys, "a model is given twice")
     other = make_checkpoint(elsewhere / "direct/epoch-1", {}, template="direct")
     refused(["--model", other], capsys, "was not trained on proof states")
+    (other / "dco.json").write_text('{"template": "lean", ')
+    refused(["--model", other], capsys, f"error: {other}/dco.json: not a JSON object (", "copy the checkpoint anew")
     for name in ("lean-neff8/epoch-2", "lean-neff8/epoch-10", "lean-neff16/epoch-1", "lean-neff1/epoch-3"):
         make_checkpoint(elsewhere / "runs" / name, {})
     make_checkpoint(elsewhere / "runs/lean-neff-old/epoch-9", {})
@@ -1245,6 +1307,17 @@ def test_a_repository_that_is_not_traced_is_refused(lean, worker, records, monke
     assert told[1].startswith("https://github.com/a/mathlib4 at 000")
 
 
+def test_what_a_worker_misses_ends_the_run(ray_here, here, lean, records, scripted, tmp_path, capsys, monkeypatch):
+    """What the lines say of it is seen above; on a node of a cluster, Lean itself may be missing."""
+    monkeypatch.setattr(common, "load_tokenizer", lambda checkpoint: None)
+    flags = ["--model", scripted, *toy_flags(tmp_path / "out", "toy_1"), "--workers", 1]
+    theorem = {"lost": records["one_step"] | {"commit": "f" * 40}}
+    lost = ["--theorems", write_theorems(tmp_path / "lost.json", theorem, theorem), "--dojo", "lean_dojo:Dojo"]
+    refused([*flags, *lost, "--out", tmp_path / "lost"], capsys, "error: Lean or a repository is missing:\n", " of ")
+    told = "error: --dojo tests.toy_dojo:Nobody: a worker cannot import it: AttributeError: "
+    refused([*flags, "--dojo", "tests.toy_dojo:Nobody"], capsys, told)
+
+
 def test_two_checkpoints_of_one_name_are_refused(elsewhere, capsys, records):
     from scripted_prove import make_checkpoint
 
@@ -1255,6 +1328,16 @@ def test_two_checkpoints_of_one_name_are_refused(elsewhere, capsys, records):
         refused(
             ["--ensemble", a, b, "--theorems", "list.json"], capsys, "two checkpoints have the same last two folders"
         )
+
+
+def test_a_broken_line_of_the_results_is_named(scripted, here, capsys, tmp_path):
+    """But for the last one, which a kill may have cut short."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/model-epoch-1.jsonl").write_text('{"id": 0}\n{"id": 1, \n{"id": 2}\n{"id": 3, ')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_tokenizer", lambda checkpoint: None)
+        told = f"error: {tmp_path}/out/model-epoch-1.jsonl:2: not JSON", "each line must be one object"
+        refused(["--model", scripted, *toy_flags(tmp_path / "out", "toy_1")], capsys, *told)
 
 
 def test_the_papers_settings():

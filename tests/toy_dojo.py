@@ -26,7 +26,7 @@ class LeanError:
 
 class Dojo:
     def __init__(self, theorem, timeout):
-        self.theorem = theorem
+        self.theorem, self.noted = theorem, False
 
     def __enter__(self):
         if self.theorem["full_name"] == "unwilling":
@@ -47,6 +47,10 @@ class Dojo:
         if word == "hang" or (word == "hang_once" and not Path(file).exists()):
             file and Path(file).touch()
             time.sleep(1000)
+        if word == "note":
+            self.noted = True
+        if word == "if_noted" and self.noted:
+            return ProofFinished()
         if word == "raise":
             raise RuntimeError("no such luck")
         if word in ("no_text", "half_a_pair"):
