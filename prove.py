@@ -158,7 +158,7 @@ def main(argv=None):
         left = [theorem for theorem in theorems if theorem["id"] not in tried]
         left += [theorem for theorem in theorems if theorem["id"] in again]
         if left:
-            prove_all(args, accelerator, checkpoint, tokenizers[checkpoint], times, left, path, tried > again)
+            prove_all(args, accelerator, checkpoint, tokenizers[checkpoint], times, left, path, bool(tried - again))
     report(args, [(*run, results_in(paths[run])) for run in runs], theorems)
 
 
@@ -556,7 +556,8 @@ class LeanWorker:
             began = time.perf_counter()
             try:
                 kind, text = getattr(self, method)(*item)
-                "".join([text] if isinstance(text, str) else text).encode()  # no text, no state
+                for state in [text] if isinstance(text, str) else text:
+                    state.encode()  # raises where it is no text, or half a character, which no tokenizer takes
             except Exception as error:  # whatever it is: it is told and counted, and this environment is over
                 self.leave()
                 text = f"{type(error).__name__}: {error}"[:300]

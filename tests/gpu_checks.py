@@ -272,7 +272,7 @@ def check_padding(args, numbers, folder):
     model = common.load_model(args.model, tokenizer, seed=0)[0].to(accelerator.device)
     ids, answer = [3 + i % (len(tokenizer) - 3) for i in range(7, 7000, 7)], 8
     cuda, longest = args.device == "cuda", common.longest_context(args.model) - answer
-    worst, allowed = {"log p": 0.0, "1 - cosine": 0.0}, 2e-2 if args.device == "cuda" else 1e-5
+    worst, allowed = {"log p": 0.0, "1 - cosine": 0.0}, 2e-2 if cuda else 1e-5
 
     def computed(batches):
         """-> log p of each example, and the gradient of their sum."""
