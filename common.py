@@ -510,14 +510,12 @@ def load_model(model, tokenizer, dtype=torch.float32, seed=0, accelerator=None):
     else:
         settings = {"config": config, "dtype": dtype, "use_safetensors": True}
         loaded = from_pretrained(transformers.AutoModelForCausalLM, model, **settings)
-    eos, pad = (
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-    )  # sampling from p̂, not from its top 50
-    neutral = transformers.GenerationConfig(
-        do_sample=True, top_k=0, eos_token_id=eos, pad_token_id=pad
+    loaded.generation_config = transformers.GenerationConfig(  # sampling from p̂, not its top 50
+        do_sample=True,
+        top_k=0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    loaded.generation_config = neutral
     return loaded
 
 
@@ -822,13 +820,9 @@ def mean_and_interval(values, resamples=2000):
 def evaluate_exactly(accelerator, model, tokenizer, examples, max_new_tokens, tokens, ns):
     """Exact pass@N for each N, and the mean confidence p̂(greedy completion)."""
     sampler = TransformersSampler(accelerator, model, tokenizer)
-    found = sampler.generate([example.prompt_ids for example in examples], 1, max_new_tokens)
-    greedy = [
-        Example(example.id, example.prompt_ids, completion.token_ids)
-        for example, (completion,) in zip(examples, found, strict=True)
-    ]
+    greedy = sampler.generate([example.prompt_ids for example in examples], 1, max_new_tokens)
+    confidence = float(np.exp([completion.log_prob for (completion,) in greedy]).mean())
     log_p = score(accelerator, model, examples, tokens).cpu()
-    confidence = score(accelerator, model, greedy, tokens).exp().mean().item()
     coverage = {f"pass@{n}": float(exact_pass_at_n(log_p, n).mean()) for n in ns}
     return coverage | {"greedy_confidence": confidence}
 
