@@ -279,11 +279,15 @@ class Refill:
     only those that replace the rejected.
     """
 
-    def __init__(self, size, batch_size, accept, rounds, seed, straight_above=1.0, processes=1):
+    def __init__(
+        self, size, batch_size, accept, rounds, seed, straight_above=1.0, processes=1, spare=-1.0
+    ):
         """size: number of examples. accept: values [n, …] -> bool [n]. rounds: ids -> lists of ids,
-        one list per forward. straight_above: (k-1)/k, or 1 to score always."""
+        one list per forward. straight_above: (k-1)/k, or 1 to score always. spare: how many more
+        than are needed to score at once, in √(number needed); above 0, few calls are the aim."""
         self.size, self.batch_size, self.accept, self.rounds = size, batch_size, accept, rounds
         self.seed, self.straight_above, self.processes = seed, straight_above, processes
+        self.spare = spare
         self.epoch, self.position, self.order, self.rate = 0, 0, [], 1.0
 
     def state_dict(self):
@@ -305,7 +309,7 @@ class Refill:
         straight = self.rate > self.straight_above
         while len(accepted) < self.batch_size and self.position < len(self.order):
             room = self.batch_size - len(accepted)
-            need = max(room - sqrt(room), 1) / self.rate  # what is scored in vain is lost
+            need = max(room + self.spare * sqrt(room), 1) / self.rate  # the surplus is lost
             count = room if straight else self.processes * ceil(need / self.processes)
             ids = self.order[self.position : self.position + count]
             new = self.train(ids, forward) if straight else score(ids)
