@@ -1008,7 +1008,8 @@ class VLLMEngines(Sampler):
     def __init__(self, args, accelerator, checkpoint, tokenizer, max_length, model=None):
         self.accelerator, self.cuda = accelerator, accelerator.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        self.logs, self.gpus, self.engines = args.out.absolute(), args.gpus_per_engine, []
+        self.gpus = args.gpus_per_engine if self.cuda else 1
+        self.logs, self.engines = args.out.absolute(), []
         settings = {
             "model": os.path.abspath(checkpoint) if os.path.isdir(checkpoint) else checkpoint,
             "load_format": "auto" if model is None else "dummy",
