@@ -189,9 +189,7 @@ def main(argv=None):
     def forward(ids):
         rollouts = [rollout for i in ids for rollout in groups[i]]
         world = accelerator.num_processes
-        rounds = common.make_rounds(
-            rollouts, lambda one: len(one[0]), world, args.micro_batch_tokens
-        )
+        rounds = common.make_rounds(rollouts, lambda r: len(r[0]), world, args.micro_batch_tokens)
 
         def backward(weights, last):
             for part in rounds:
