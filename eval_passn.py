@@ -14,7 +14,7 @@ problem. Writes passn-<data>.json and, by the paper's numbers:
 
     Tables 1, 4, 5        of a run's epochs; Table 5 with --data HuggingFaceH4/aime_2024
     Table 3               with --n 1024 --ns 1,16,64
-    Figures 1, 3, 7, 9    confidence-<data>.png: of greedy answers, or most frequent ones with --n
+    Figures 1, 3, 7, 9    confidence-<data>.png: in the greedy answer; in the most frequent (3)
     Figures 2a, 6, 8, 10  passn-<data>.png; with --temperature 0.7,1,1.3,2 a curve for each
     Figure 2b             --figure 2b: F(N, p) over p
     Figure 4              --figure 4 RUN ...: discarded samples by step
@@ -26,8 +26,6 @@ problem. Writes passn-<data>.json and, by the paper's numbers:
 """
 
 import argparse
-import gc
-import hashlib
 import json
 import math
 import os
@@ -40,13 +38,6 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import common
-
-TABLE_NS = (1, 16, 256, 4096)
-POSITIVE = ("n", "max_new_tokens", "micro_batch_tokens", "gpu_memory", "gpus_per_engine")
-
-
-def integers(text):
-    return sorted({int(number) for number in text.split(",")})
 
 
 def numbers(text):
@@ -61,8 +52,7 @@ def parse_args(argv=None):
     add("checkpoints", nargs="*", metavar="CHECKPOINT", help="folder or hub name")
     add("--figure", choices=["2b", "4", "5", "11", "12", "13"], help="draw this figure")
     add("--data", help="folder, file of JSON lines or hub name (default: the training data's)")
-    add("--split", default="test", help="paper: test, 500 problems of MATH")
-    add("--ns", type=integers, help="N of the table (default: 1,16,256,4096 up to --n)")
+    add("--ns", type=numbers, help="N of the table (default: 1,16,256,4096 up to --n)")
     add("--temperature", type=numbers, default=[1.0], help="one or several (default: 1, p̂ itself)")
     add("--micro-batch-tokens", type=int, default=4096 if torch.cuda.is_available() else 512)
     add("--out", type=Path, help="default: the checkpoint's folder, or that of all checkpoints")
@@ -77,14 +67,9 @@ def parse_args(argv=None):
     add("--gpus-per-engine", type=int, default=1, help="for models too large for one GPU")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    for name in POSITIVE:
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive")
-    if not all(0 < temperature < math.inf for temperature in args.temperature):
-        parser.error("--temperature must be positive")
-    args.ns = args.ns or [n for n in TABLE_NS if not args.n or n <= args.n]
-    if args.ns[0] < 1:
-        parser.error("--ns takes whole numbers from 1 up")
+    args.ns = [int(n) for n in args.ns or (1, 16, 256, 4096) if args.ns or n <= (args.n or n)]
+    if min(args.n or 1, args.ns[0], args.max_new_tokens or 1, args.temperature[0]) <= 0:
+        parser.error("--n, --ns, --max-new-tokens and --temperature must be positive")
     if args.n and args.n < args.ns[-1]:
         parser.error(f"pass@{args.ns[-1]} cannot be estimated from --n {args.n} samples")
     if "{problem}" not in (args.prompt or "{problem}"):
@@ -100,72 +85,55 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if args.figure in FIGURES:
-        panels = FIGURES[args.figure](args)
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"figure-{args.figure}.json"
-        path.write_text(json.dumps(panels) + "\n")
-        draw(panels, path.with_suffix(".png"))
-        print(f"wrote {path} and {path.with_suffix('.png')}")
+        path = args.out / f"figure-{args.figure}.png"
+        print("wrote", draw(FIGURES[args.figure](args), path))
         return
 
     # -------- checkpoints and data are checked before the first model is loaded
     records = [read_record(checkpoint) for checkpoint in args.checkpoints]
-    templates = {args.template or record.get("template", "direct") for record in records}
+    templates = {args.template or record["template"] for record in records}
     if templates != {"direct"} and not args.n:
         common.fail("pass@N of reasoning traces is estimated from samples: give --n, say 1024")
-    args.data = args.data or recorded_data(records)
-    rows = common.load_problems(args.data, args.split)
-    name = Path(args.data).name.removesuffix(".jsonl")
-    args.name = name if args.split == "test" else f"{name}-{args.split}"
-    if args.n:
-        args.engine = common.choose_engine(args.engine)
+    data = {args.data or record["data"] for record in records}
+    if len(data) > 1 or (not args.data and Path(*data).is_file()):
+        common.fail(f"trained on {', '.join(data)}: say with --data what to evaluate on")
+    args.data = data.pop()
+    rows = common.load_problems(args.data, "test")
+    golds = [row["answer"] for row in rows]
+    args.name = Path(args.data).name.removesuffix(".jsonl")
 
     # -------- measure each checkpoint at each temperature
     accelerator = common.make_accelerator()
-    grader = common.Grader(min(os.cpu_count(), 8)) if accelerator.is_main_process else None
     args.out.mkdir(parents=True, exist_ok=True)
+    grader = common.Grader(min(os.cpu_count(), 8)) if accelerator.is_main_process else None
     results = []
     for checkpoint, record in zip(args.checkpoints, records, strict=True):
         for temperature in args.temperature:
             result = measure(args, accelerator, checkpoint, record, temperature, rows)
-            first = results[0] if results else result
-            results.append(
-                common.on_main(accelerator, summarise, result, first, rows, grader, args)
-            )
+            inputs = result, results, golds, grader, args
+            results.append(common.on_main(accelerator, summarise, *inputs))
 
     # -------- report
     if accelerator.is_main_process:
-        report = {"data": args.data, "split": args.split, "ns": args.ns, "arguments": vars(args)}
-        report |= {"grading_timeouts": getattr(grader, "timeouts", 0), "checkpoints": results}
+        timeouts = getattr(grader, "timeouts", 0)
         grader.close()
-        path = args.out / f"passn-{args.name}.json"
-        path.write_text(json.dumps(report, default=str) + "\n")
         print_tables(results, args)
-        if report["grading_timeouts"]:
-            print(
-                f"\n{report['grading_timeouts']} answers took too long to grade: counted as wrong"
-            )
+        print(f"\nGrading took too long for {timeouts} answers, which count as wrong.")
+        path = args.out / f"passn-{args.name}.json"
+        report = {"arguments": vars(args), "grading_timeouts": timeouts, "checkpoints": results}
+        path.write_text(json.dumps(report, default=str) + "\n")
         print("\nwrote", ", ".join(map(str, [path, *draw_results(results, args)])))
-    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-# ---- Checkpoints ---------------------------------------------------------------------------------
 def read_record(checkpoint):
     """Return what training wrote into the checkpoint's dco.json: template, n_prime, data, ..."""
     folder = Path(checkpoint)
     if folder.suffix == ".partial" or (folder.is_dir() and not any(folder.glob("*.safetensors"))):
-        common.fail(f"{checkpoint} holds no whole weights: give what a training script wrote")
+        common.fail(f"{checkpoint} does not hold whole weights, as a training script writes them")
+    record = {"template": "direct", "prompt": None, "n_prime": None, "data": "data unknown"}
     path = folder / "dco.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def recorded_data(records):
-    """Return the data that the checkpoints were trained on."""
-    names = {str(record.get("data")) for record in records}
-    if len(names) > 1 or names == {"None"} or Path(*names).is_file():
-        common.fail(f"the checkpoints were trained on {', '.join(names)}: give --data")
-    return names.pop()
+    return record | json.loads(path.read_text()) if path.is_file() else record
 
 
 def load(checkpoint, tokenizer, accelerator):
@@ -173,135 +141,99 @@ def load(checkpoint, tokenizer, accelerator):
     return common.load_model(checkpoint, tokenizer, dtype).eval().to(accelerator.device)
 
 
-def fingerprint(checkpoint):
-    """Return hashes of the weights, since a path may hold those of another run tomorrow."""
-    hashes = []
-    for path in sorted(Path(checkpoint).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashes or checkpoint
-
-
 # ---- Measuring -----------------------------------------------------------------------------------
 def measure(args, accelerator, checkpoint, record, temperature, rows):
     """Score and sample with one checkpoint. Returns its result, for `summarise`."""
     tokenizer, config = common.load_tokenizer(checkpoint), common.load_config(checkpoint)
-    template = args.template or record.get("template", "direct")
-    prompt, direct = args.prompt or record.get("prompt"), template == "direct"
-    examples, dropped = common.encode(
-        rows, tokenizer, config, template, prompt, prompts_only=not direct
-    )
+    template, prompt = args.template or record["template"], args.prompt or record["prompt"]
+    direct = template == "direct"
+    settings = {"template": template, "prompt": prompt, "prompts_only": not direct}
+    examples, dropped = common.encode(rows, tokenizer, config, **settings)
     if not examples:
         common.fail(f"{checkpoint}: no problem of {args.data} is usable ({dropped})")
     longest = max(len(example.completion_ids) for example in examples) if direct else 1024
     max_new_tokens = args.max_new_tokens or record.get("max_new_tokens", longest)
-    accelerator.print(
-        f"{checkpoint}: {len(rows):,} problems of {args.data} ({args.split}), template {template}, "
-        f"temperature {temperature:g}; dropped and counted as unsolved: {dropped or 'none'}"
-    )
-    result = {"checkpoint": checkpoint, "n_prime": record.get("n_prime"), "template": template}
+    result = {"checkpoint": checkpoint, "n_prime": record["n_prime"], "template": template}
     result |= {"temperature": temperature, "max_new_tokens": max_new_tokens, "n": args.n}
-    problems = {}
-    for row in rows:  # these are the values of problems that are dropped
-        problems[row["id"]] = {"id": row["id"], "level": row.get("level"), "answer": None}
-        problems[row["id"]] |= {"confidence": 0.0, "samples": {}}
-    model = None
-    if direct or args.engine == "transformers":
-        model = load(checkpoint, tokenizer, accelerator)
-    if direct:
-        common.check_packing(accelerator, model, examples[:2])
-        for id, found in score(args, accelerator, model, tokenizer, examples, result).items():
-            problems[id] |= found
-    if direct and args.figure == "12":
-        for example in tqdm(examples, unit="problem", disable=not accelerator.is_main_process):
-            problems[example.id]["ranked"] = beam_search(model, tokenizer, example, max_new_tokens)
+    dropped = f", dropped and counted as unsolved: {dropped}" if dropped else ""
+    accelerator.print(f"{name_of(result)}: {len(rows):,} problems, template {template}{dropped}")
+    columns = score(args, accelerator, tokenizer, examples, result) if direct else {}
+    torch.cuda.empty_cache()  # engines take most of the memory
     if args.n:
-        if args.engine == "vllm":  # it takes most of the GPU's memory
-            model = None
-            gc.collect()
-            torch.cuda.empty_cache()
-        for id, answers in sample(args, accelerator, model, tokenizer, examples, result).items():
-            problems[id]["samples"] = answers
-    return result | {"per_problem": list(problems.values())}
+        columns["samples"] = sample(args, accelerator, tokenizer, examples, result)
+    # In the order of the rows; what was dropped has p = 0 and no answer.
+    blank = {"log_p": -math.inf, "confidence": 0.0, "answer": None, "ranked": [], "samples": {}}
+    for name, values in columns.items():
+        by_id = {example.id: value for example, value in zip(examples, values, strict=True)}
+        result[name] = [by_id.get(row["id"], blank[name]) for row in rows]
+    return result
 
 
-def score(args, accelerator, model, tokenizer, examples, result):
-    """Return log p̂ of each reference answer, and the greedy answer with its confidence."""
+def score(args, accelerator, tokenizer, examples, result):
+    """Return, by example, log p̂ of the reference answer and the confidence in the greedy one."""
+    model = load(result["checkpoint"], tokenizer, accelerator)
+    common.check_packing(accelerator, model, examples[:2])
     sampler = common.TransformersSampler(accelerator, model, tokenizer)
     prompts = [example.prompt_ids for example in examples]
-    completions = sampler.generate(prompts, 1, result["max_new_tokens"])
-    greedy = [
-        common.Example(example.id, example.prompt_ids, completion.token_ids)
-        for example, (completion,) in zip(examples, completions, strict=True)
-    ]
+    completions = [one for (one,) in sampler.generate(prompts, 1, result["max_new_tokens"])]
+    greedy, answers = [], []
+    for example, completion in zip(examples, completions, strict=True):
+        greedy.append(common.Example(example.id, example.prompt_ids, completion.token_ids))
+        answers += common.count_answers([completion], tokenizer, "direct")
     settings = args.micro_batch_tokens, result["temperature"]
     log_p = common.score(accelerator, model, examples, *settings).tolist()
     confidence = common.score(accelerator, model, greedy, *settings).exp().tolist()
-    found = {}
-    for i, example in enumerate(examples):
-        (answer,) = common.count_answers(completions[i], tokenizer, "direct")
-        found[example.id] = {"log_p": log_p[i], "answer": answer, "confidence": confidence[i]}
-    return found
+    columns = {"log_p": log_p, "confidence": confidence, "answer": answers}
+    if args.figure == "12":
+        prompts = tqdm(prompts, unit="problem", disable=not accelerator.is_main_process)
+        settings = tokenizer, result["max_new_tokens"]
+        columns["ranked"] = [beam_search(model, prompt, *settings) for prompt in prompts]
+    return columns
 
 
 @torch.no_grad()
-def beam_search(model, tokenizer, example, max_new_tokens, width=256, kept=16):
-    """Return the answers of the likeliest completions that a beam finds, the likeliest first."""
-    prompt = torch.tensor([example.prompt_ids], device=model.device)  # [1, T]
-    found = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        num_beams=width,
-        num_return_sequences=kept,
-        length_penalty=0.0,
-        max_new_tokens=max_new_tokens,
-    )
-    texts = tokenizer.batch_decode(found[:, prompt.shape[1] :], skip_special_tokens=True)
-    return [common.TEMPLATES["direct"].extract(text) for text in texts]
+def beam_search(model, prompt, tokenizer, max_new_tokens, width=256, kept=16):
+    """Return the answers of the likeliest completions in a beam, the likeliest first."""
+    ids = torch.tensor([prompt], device=model.device)  # [1, T]
+    settings = {"num_beams": width, "num_return_sequences": kept, "length_penalty": 0.0}
+    settings |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens}
+    ids = model.generate(ids, do_sample=False, **settings)[:, len(prompt) :]  # [kept, T']
+    return [text.strip() or None for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def sample(args, accelerator, model, tokenizer, examples, result):
-    """Return {id: {answer: count}} of n samples of each problem, None for those without an answer.
+def sample(args, accelerator, tokenizer, examples, result):
+    """Return, by example, {answer: count} of n samples; None is the answer of those without one.
 
-    They are kept in samples-<data>-<hash>.jsonl, a line per problem, and not sampled again. The
-    hash is of the weights, the prompts and all that changes the samples.
+    Samples are kept in samples-<data>-<hash>.jsonl, a line per problem, and not drawn again. The
+    hash is of the state of the weights' files, the prompts and all else that changes the samples.
     """
-    weights = common.on_main(accelerator, fingerprint, result["checkpoint"])
-    max_new_tokens, temperature = result["max_new_tokens"], result["temperature"]
-    settings = args.n, args.seed, temperature, max_new_tokens, result["template"]
-    key = common.seed_of(weights, [example.prompt_ids for example in examples], settings)
+    prompts = [example.prompt_ids for example in examples]
+    files = [path.stat() for path in sorted(Path(result["checkpoint"]).glob("*.safetensors"))]
+    weights = [(file.st_size, file.st_mtime_ns) for file in files]
+    key = common.seed_of(weights, prompts, args.seed, sorted(result.items()))
     path = args.out / f"samples-{args.name}-{key}.jsonl"
     known = common.on_main(accelerator, read_samples, path)
     left = [example for example in examples if example.id not in known]
-    if left and args.engine == "vllm":
-        sampler = common.VLLMEngines(
-            accelerator,
-            result["checkpoint"],
-            tokenizer,
-            max_length=max(len(example.prompt_ids) for example in examples) + max_new_tokens,
-            logs=args.out,
-            memory=args.gpu_memory,
-            gpus=args.gpus_per_engine,
-        )
-    elif left:
-        sampler = common.TransformersSampler(accelerator, model, tokenizer)
-    samples = 1 << 15 if args.engine == "vllm" else 1 << 12  # of a call
-    count = max(accelerator.num_processes, samples // args.n)  # problems of a call
-    groups = [left[i : i + count] for i in range(0, len(left), count)]
+    if left:
+        length = max(map(len, prompts)) + result["max_new_tokens"]
+        sampler = common.make_sampler(args, accelerator, result["checkpoint"], tokenizer, length)
+    size = max(accelerator.num_processes, (1 << 13) // args.n)
+    groups = [left[start : start + size] for start in range(0, len(left), size)]
     for group in tqdm(groups, unit="call", disable=not accelerator.is_main_process):
-        seeds = [common.seed_of(args.seed, "evaluation", example.id) for example in group]
         prompts = [example.prompt_ids for example in group]
-        found = sampler.generate(prompts, args.n, max_new_tokens, seeds, temperature)
+        seeds = [common.seed_of(args.seed, "evaluation", example.id) for example in group]
+        limits = result["max_new_tokens"], seeds, result["temperature"]
+        completions = sampler.generate(prompts, args.n, *limits)
         if accelerator.is_main_process:
             with open(path, "a") as file:
-                for example, completions in zip(group, found, strict=True):
-                    answers = common.count_answers(completions, tokenizer, result["template"])
+                for example, found in zip(group, completions, strict=True):
+                    answers = common.count_answers(found, tokenizer, result["template"])
                     line = {"id": example.id, "answers": answers.most_common()}
                     file.write(json.dumps(line) + "\n")
     if left:
         sampler.shut_down()
-    return common.on_main(accelerator, read_samples, path)
+    known = common.on_main(accelerator, read_samples, path)
+    return [known[example.id] for example in examples]
 
 
 def read_samples(path):
@@ -311,59 +243,49 @@ def read_samples(path):
 
 
 # ---- Summaries -----------------------------------------------------------------------------------
-def summarise(result, first, rows, grader, args):
-    """Grade the answers of a result's problems, and average over the problems."""
-    problems = result["per_problem"]
-    for row, problem in zip(rows, problems, strict=True):
-        samples = problem.pop("samples")
-        verdicts = grader.grade([(row["answer"], answer) for answer in samples])
-        counts = zip(samples.values(), verdicts, strict=True)
-        problem["right"] = sum(count for count, is_right in counts if is_right)
-        if result["template"] != "direct":
-            problem["answer"], count = common.most_frequent_answer(samples, grader)
-            problem["confidence"] = count / args.n
-            problem["ranked"] = [answer for answer in samples if answer is not None][:16]
-        (problem["answer_right"],) = grader.grade([(row["answer"], problem["answer"])])
-        if args.figure == "12":
-            ranked = problem.get("ranked", [])
-            problem["ranked_right"] = grader.grade([(row["answer"], answer) for answer in ranked])
-    result["confidence"] = float(np.mean([problem["confidence"] for problem in problems]))
-    result["accuracy"] = float(np.mean([problem["answer_right"] for problem in problems]))
+def summarise(result, earlier, golds, grader, args):
+    """Grade a result's answers, average over the problems, and compare with the first result."""
+    samples, direct = result.pop("samples", []), result["template"] == "direct"
+    result["right"] = []
+    for gold, counts in zip(golds, samples, strict=bool(args.n)):
+        verdicts = grader.grade([(gold, answer) for answer in counts])
+        right = zip(counts.values(), verdicts, strict=True)
+        result["right"].append(sum(count for count, is_right in right if is_right))
+    if not direct:
+        modes = [common.most_frequent_answer(counts, grader) for counts in samples]
+        result["answer"] = [answer for answer, _ in modes]
+        result["confidence"] = [count / args.n for _, count in modes]
+        result["ranked"] = [[one for one in counts if one is not None] for counts in samples]
+    result["answer_right"] = grader.grade(list(zip(golds, result["answer"], strict=True)))
     if args.figure == "12":
         result["ranks"] = {}
-        for rank in range(16):
-            right = [any(problem["ranked_right"][rank : rank + 1]) for problem in problems]
-            result["ranks"][rank + 1] = common.mean_and_interval(right)
+        for rank in range(1, 17):
+            answers = [dict(enumerate(ranked, 1)).get(rank) for ranked in result["ranked"]]
+            right = grader.grade(list(zip(golds, answers, strict=True)))
+            result["ranks"][rank] = common.mean_and_interval(100 * np.array(right))
 
-    curve_ns = {*args.ns, *(2**i for i in range(args.ns[-1].bit_length()))}
-    if result["template"] == "direct":
-        result["exact"] = {}
-    if args.n:
-        result["sampled"] = {}
-    for kind in result.keys() & {"exact", "sampled"}:
-        for n in sorted(curve_ns):
+    for kind in ["exact"] * direct + ["sampled"] * bool(args.n):
+        result[kind] = {}
+        for n in sorted({*args.ns, *(2**i for i in range(args.ns[-1].bit_length()))}):
             values = coverage(result, kind, n)
-            estimate = common.mean_and_interval(values)
+            result[kind][n] = common.mean_and_interval(values)
             if kind == "sampled":
-                right = [problem["right"] for problem in problems]
-                estimate["sampling_error"] = sampling_error(args.n, right, n)
-            if kind in first:  # paired: on the same problems
-                difference = common.mean_and_interval(values - coverage(first, kind, n))
-                estimate |= {f"{name}_difference": one for name, one in difference.items()}
-            result[kind][n] = estimate
+                result[kind][n]["error"] = sampling_error(args.n, result["right"], n)
+            first = next((one for one in earlier if kind in one), result)
+            difference = common.mean_and_interval(values - coverage(first, kind, n))
+            result[kind][n] |= {f"{name}_difference": one for name, one in difference.items()}
     return result
 
 
 def coverage(result, kind, n):
-    """Return pass@n of each problem: float64 [problems]."""
-    problems = result["per_problem"]
-    if kind == "sampled":
-        return common.pass_at_n(result["n"], [problem["right"] for problem in problems], n)
-    return common.exact_pass_at_n([problem.get("log_p", -math.inf) for problem in problems], n)
+    """Return pass@n of each problem in percent: float64 [problems]."""
+    if kind == "exact":
+        return 100 * common.exact_pass_at_n(result["log_p"], n)
+    return 100 * common.pass_at_n(result["n"], result["right"], n)
 
 
 def sampling_error(n, c, k, resamples=500):
-    """Return the standard error of mean pass@k with the problems fixed (the ± of Table 3).
+    """Return the standard error of mean pass@k, in percent, with the problems fixed (± of Table 3).
 
     c: right samples of each problem, of n. A problem with c = 0 may still have p > 0. So p is drawn
     from its posterior, the prior being a beta distribution fitted to all problems by its moments;
@@ -377,41 +299,28 @@ def sampling_error(n, c, k, resamples=500):
     a, b = mean * (1 / rho - 1), (1 - mean) * (1 / rho - 1)
     p = rng.beta(a + c, b + n - c, size=(resamples, len(c)))
     first, second = (common.pass_at_n(n, rng.binomial(n, p), k) for _ in range(2))
-    return float(np.sqrt(((first - second) ** 2 / 2).mean(0).sum()) / len(c))
+    return 100 * float(np.sqrt(((first - second) ** 2 / 2).mean(0).sum()) / len(c))
 
 
 def print_tables(results, args):
     """Print coverage, its 95 % intervals, and differences from the first result, in percent."""
-    for kind in ("exact", "sampled"):
-        measured = [result for result in results if kind in result]
-        if not measured:
-            continue
-        how = (
-            "exact, reference answers only" if kind == "exact" else f"from {args.n:,} samples each"
-        )
-        print(f"\npass@N in percent, {how}")
-        print_table("checkpoint", measured, kind, args.ns, "{pass:.1f}")
-        interval = "{low:.1f} to {high:.1f}"
-        interval += ", samples ± {sampling_error:.2f}" if kind == "sampled" else ""
-        print_table("95 % over problems", measured, kind, args.ns, interval)
-        if len(measured) > 1:
-            title = f"less {name_of(measured[0])}, same problems"
-            cell = "{pass_difference:+.1f} [{low_difference:+.1f}, {high_difference:+.1f}]"
-            print_table(title, measured[1:], kind, args.ns, cell)
-    count = len(results[0]["per_problem"])
-    if count < 100:
-        print(f"\nThe intervals are too narrow: bootstraps need 100 problems, these are {count}.")
-
-
-def print_table(title, results, kind, ns, cell):
-    print(f"\n| {title} | " + " | ".join(f"pass@{n}" for n in ns) + " |")
-    print("|---" * (len(ns) + 1) + "|")
-    for result in results:
-        cells = []
-        for n in ns:
-            percent = {name: 100 * value for name, value in result[kind][n].items()}
-            cells.append(cell.format(**percent))
-        print(f"| {name_of(result)} | " + " | ".join(cells) + " |")
+    for kind, how in (("exact", "exact"), ("sampled", f"from {args.n} samples")):
+        measured = {name_of(result): result[kind] for result in results if kind in result}
+        error = ", samples ± {error:.2f}" if kind == "sampled" else ""
+        tables = {
+            f"pass@N in percent, {how}": "{pass:.1f}",
+            "95 % over problems": "{low:.1f} to {high:.1f}" + error,
+            f"less {name_of(results[0])}, paired": "{pass_difference:+.1f} "
+            "[{low_difference:+.1f}, {high_difference:+.1f}]",
+        }
+        for title, cell in tables.items() if measured else []:
+            print(f"\n| {title} | " + " | ".join(f"pass@{n}" for n in args.ns) + " |")
+            print("|---" * (len(args.ns) + 1) + "|")
+            for name, estimates in measured.items():
+                cells = [cell.format(**estimates[n]) for n in args.ns]
+                print(f"| {name} | " + " | ".join(cells) + " |")
+    if len(results[0]["answer"]) < 100:
+        print("\nThese intervals are too narrow: bootstraps need 100 problems or more.")
 
 
 def name_of(result):
@@ -421,90 +330,81 @@ def name_of(result):
 
 # ---- Figures -------------------------------------------------------------------------------------
 def draw(panels, path):
-    """panel: {"axes": what matplotlib's Axes.set takes} with either "curves" {label: {"x", "y" and
-    perhaps "low", "high"}} or "histogram" {label: values in [0, 1]}."""
+    """Draw a PNG, with its numbers in a JSON file beside it. panel: {"axes": for matplotlib's
+    Axes.set, and "curves": {label: [(x, y)] or [(x, y, low, high)]} or "histogram": {label: values
+    in [0, 1]}}, and where it is wanted "envelope": the largest y at each x."""
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
     size = (5.6, 3.8) if len(panels) == 1 else (3.2 * columns, 2.9 * rows)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, panel in zip(axes, panels, strict=False):
-        curves = panel.get("curves", {})
-        for i, (label, curve) in enumerate(curves.items()):
-            color = colormaps["viridis"](0.9 * i / max(len(curves) - 1, 1))
-            marker = "osD^vPX"[i % 7] if len(curve["x"]) <= 20 else None
-            axis.plot(curve["x"], curve["y"], color=color, marker=marker, ms=4, label=label)
-            if "low" in curve:
-                axis.fill_between(curve["x"], curve["low"], curve["high"], color=color, alpha=0.15)
-        if "histogram" in panel:
-            groups = panel["histogram"].values()
-            weights = [[100 / sum(map(len, groups))] * len(group) for group in groups]
+    for i, panel in enumerate(panels):
+        axis = figure.add_subplot(rows, columns, i + 1)
+        curves, histogram = panel.get("curves", {}), panel.get("histogram", {})
+        for j, (label, points) in enumerate(curves.items()):
+            x, y, *interval = zip(*points, strict=True)
+            color = colormaps["viridis"](0.9 * j / max(len(curves) - 1, 1))
+            axis.plot(x, y, "o-" if len(x) <= 20 else "-", color=color, ms=4, label=label)
+            if interval:
+                axis.fill_between(x, *interval, color=color, alpha=0.15)
+        if panel.get("envelope"):
+            largest = [
+                max(y for _, y, *_ in points) for points in zip(*curves.values(), strict=True)
+            ]
+            axis.plot(x, largest, color="0.8", linewidth=8, zorder=0, label="Pareto envelope")
+        if histogram:
             bins, colors = np.linspace(0, 1, 21), ["#0072B2", "#E69F00"]
-            axis.hist(groups, bins, weights=weights, stacked=True, color=colors,
-                      label=list(panel["histogram"]))  # fmt: skip
+            style = {"stacked": True, "color": colors, "label": list(histogram)}
+            axis.hist(list(histogram.values()), bins, **style)
         axis.set(**panel["axes"])
         axis.title.set_size(8)
+        axis.grid(alpha=0.25)
         if axis.get_ylim()[0] < 0:
             axis.axhline(0, color="0.4", linewidth=0.8)
-        axis.grid(alpha=0.25)
-        if list(curves) != [""]:
+        if "" not in curves:
             axis.legend(fontsize=7)
-    for axis in list(axes)[len(panels) :]:
-        axis.set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(panels) + "\n")
     figure.savefig(path, dpi=150)
-
-
-def curve_of(estimates):
-    """Return a curve, in percent, of {x: estimate}."""
-    curve = {"x": list(estimates)}
-    for axis, name in (("y", "pass"), ("low", "low"), ("high", "high")):
-        curve[axis] = [100 * estimate[name] for estimate in estimates.values()]
-    return curve
-
-
-def label_of(result):
-    """Return N' where it is known, and the last two parts of the path."""
-    n_prime = result["n_prime"]
-    loss = "" if n_prime is None else "CE, " if n_prime == 1 else f"N' = {n_prime:g}, "
-    return loss + "/".join(Path(name_of(result)).parts[-2:])
+    return path
 
 
 def draw_results(results, args):
     """Draw coverage, confidence and, with --figure 12, ranks. Returns the files' paths."""
-    paths = []
+    figures = {}
     for kind in ("exact", "sampled"):
-        curves = {label_of(result): curve_of(result[kind]) for result in results if kind in result}
+        curves = {name_of(result): points(result[kind]) for result in results if kind in result}
+        ticks = [4**i for i in range(20) if 4**i <= args.ns[-1]]
+        axes = {"xscale": "log", "xticks": ticks, "xticklabels": ticks, "ylim": (0, 100)}
+        axes |= {"xlabel": "N (samples per problem)", "ylabel": f"pass@N (%), {kind}"}
         if curves:
-            ns = [n for n in next(iter(curves.values()))["x"] if math.log(n, 4).is_integer()]
-            axes = {"xscale": "log", "xticks": ns, "xticklabels": ns, "ylim": (0, 100)}
-            axes |= {"xlabel": "N (samples per problem)", "ylabel": f"pass@N (%), {kind}"}
-            paths.append(args.out / f"passn-{args.name}{'-sampled' * len(paths)}.png")
-            draw([{"axes": axes, "curves": curves}], paths[-1])
+            panel = {"axes": axes, "curves": curves, "envelope": len(curves) > 1}
+            figures["passn-sampled" if figures else "passn"] = [panel]
     if args.figure == "12":
-        curves = {label_of(result): curve_of(result["ranks"]) for result in results}
+        curves = {name_of(result): points(result["ranks"]) for result in results}
         axes = {"xlabel": "rank of confidence", "ylabel": "right (%)"}
-        paths.append(args.out / f"figure-12-{args.name}.png")
-        draw([{"axes": axes, "curves": curves}], paths[-1])
-    panels = []
+        figures["figure-12"] = [{"axes": axes, "curves": curves}]
+    figures["confidence"] = []
     for result in results:
-        groups = {"right": [], "wrong": []}
-        for problem in result["per_problem"]:
-            groups["right" if problem["answer_right"] else "wrong"].append(problem["confidence"])
+        histogram = {"right": [], "wrong": []}
+        for confidence, right in zip(result["confidence"], result["answer_right"], strict=True):
+            histogram["right" if right else "wrong"].append(confidence)
         answer = "greedy" if result["template"] == "direct" else "most frequent"
-        title = f"{label_of(result)}\nmean {result['confidence']:.2f}"
-        axes = {"title": title, "xlabel": f"confidence in the {answer} answer"}
-        panels.append({"axes": axes | {"ylabel": "problems (%)"}, "histogram": groups})
-    paths.append(args.out / f"confidence-{args.name}.png")
-    draw(panels, paths[-1])
-    return paths
+        axes = {"title": f"{name_of(result)}\nmean {np.mean(result['confidence']):.2f}"}
+        axes |= {"xlabel": f"confidence in the {answer} answer", "ylabel": "problems"}
+        figures["confidence"].append({"axes": axes, "histogram": histogram})
+    paths = {name: args.out / f"{name}-{args.name}.png" for name in figures}
+    return [draw(panels, paths[name]) for name, panels in figures.items()]
+
+
+def points(estimates):
+    return [(x, one["pass"], one["low"], one["high"]) for x, one in estimates.items()]
 
 
 def figure_2b(args):
     """F(N, p): it vanishes for p well above 1/N."""
     p = torch.logspace(-6, 0, 200, dtype=torch.float64)
-    curves = {}
-    for n in args.ns:
-        curves[f"N = {n}"] = {"x": p.tolist(), "y": common.dco_factor(p.log(), n).tolist()}
+    factors = {n: common.dco_factor(p.log(), n) for n in args.ns}
+    curves = {f"N = {n}": torch.stack([p, f], dim=1).tolist() for n, f in factors.items()}
     return [{"axes": {"xlabel": "p(y|x)", "ylabel": "F(N, p)", "xscale": "log"}, "curves": curves}]
 
 
@@ -512,19 +412,14 @@ def figure_4(args):
     """Discarded samples by step, from metrics.jsonl."""
     curves = {}
     for run in args.checkpoints:
-        path = Path(run) / "metrics.jsonl"
-        if not path.is_file():
-            common.fail(f"{path} does not exist: Figure 4 takes the folders of runs")
-        steps = [step for _, step in common.read_json_lines(path)]
-        discarded = [step["candidates"] - step["accepted"] for step in steps]
-        curves[run] = {"x": [step["step"] for step in steps], "y": discarded}
+        steps = [step for _, step in common.read_json_lines(Path(run) / "metrics.jsonl")]
+        curves[run] = [(step["step"], step["candidates"] - step["accepted"]) for step in steps]
     return [{"axes": {"xlabel": "step", "ylabel": "discarded samples"}, "curves": curves}]
 
 
 def upper_bound(n, p1, epsilon, k):
     """Of an optimal policy's largest confidence (Lemma 4.2, Eq. 13). p1: the largest accuracy of an
-    answer; 1 - epsilon: that of the best k together. Holds for k = 2; false in general, see
-    tests/test_figures.py."""
+    answer; 1 - epsilon: that of the best k together. Holds for k = 2; false in general."""
     ratio = ((k - 1) * p1 / (1 - p1 - epsilon)) ** (1 / (n - 1))
     return 1 - (k - 1) / ((k - 1) * ratio + 1)
 
@@ -537,15 +432,9 @@ def lower_bound(n, p1, p2):
 
 
 def figure_11(args):
-    ns = [1.01 * 1.05**i for i in range(120)]
-    upper, lower = (
-        [upper_bound(n, 0.5, 0.25, 2) for n in ns],
-        [lower_bound(n, 0.5, 0.25) for n in ns],
-    )
-    curves = {
-        "upper, Lemma 4.2": {"x": ns, "y": upper},
-        "lower, Lemma 4.3": {"x": ns, "y": lower},
-    }
+    ns = np.geomspace(1.01, 4096, 120).tolist()
+    curves = {"upper, Lemma 4.2": [(n, upper_bound(n, 0.5, 0.25, k=2)) for n in ns]}
+    curves["lower, Lemma 4.3"] = [(n, lower_bound(n, 0.5, 0.25)) for n in ns]
     axes = {"title": "p1 = 1/2, p2 = ε = 1/4, k = 2", "xlabel": "N", "xscale": "log"}
     return [{"axes": axes | {"ylabel": "largest confidence"}, "curves": curves}]
 
@@ -559,20 +448,26 @@ def unseen_by_level(args):
         if "seen_ids" not in record:
             common.fail(f"{checkpoint} was not saved by train_direct.py --checkpoint-at")
         tokenizer, config = common.load_tokenizer(checkpoint), common.load_config(checkpoint)
-        rows, examples = {}, {}
-        for split in ("train", "test"):
-            rows[split] = common.load_problems(args.data or record["data"], split)
-            examples[split], _ = common.encode(
-                rows[split], tokenizer, config, "direct", args.prompt or record["prompt"]
-            )
-        levels, seen = {}, set(record["seen_ids"])
-        for example in examples["train"]:
-            if example.id not in seen:
-                level = rows["train"][example.id].get("level", 0)
-                levels.setdefault(level, []).append(example)
-        model = load(checkpoint, tokenizer, accelerator)
-        title = f"{Path(checkpoint).name}, {len(seen):,} of {len(rows['train']):,} seen"
-        yield title, accelerator, model, dict(sorted(levels.items())), examples["test"]
+        settings = tokenizer, config, "direct", args.prompt or record["prompt"]
+        rows = common.load_problems(args.data or record["data"], "train")
+        test_rows = common.load_problems(args.data or record["data"], "test")
+        levels = {level: [] for level in sorted({row.get("level", 0) for row in rows})}
+        for example in common.encode(rows, *settings)[0]:
+            if example.id not in record["seen_ids"]:
+                levels[rows[example.id].get("level", 0)].append(example)
+        test, _ = common.encode(test_rows, *settings)
+        title = f"{Path(checkpoint).name}, {len(record['seen_ids']):,} of {len(rows):,} seen"
+        yield title, accelerator, load(checkpoint, tokenizer, accelerator), levels, test
+
+
+def level_panel(title, ylabel, points, **axes):
+    """points: [(level, middle, low, high)]."""
+    axes |= {
+        "title": title,
+        "xlabel": "difficulty level",
+        "xticks": [level for level, *_ in points],
+    }
+    return {"axes": axes | {"ylabel": ylabel}, "curves": {"": points}}
 
 
 def gradient(model, examples, n, tokens):
@@ -587,9 +482,8 @@ def gradient(model, examples, n, tokens):
 def along_step(test_gradient, model, batch, tokens):
     """Return the derivative of the test loss along a step of cross-entropy, g = -Σ ∇ℓ_CE."""
     step = gradient(model, batch, 1, tokens)
-    return -sum(
-        (a.float() * b.float()).sum().item() for a, b in zip(test_gradient, step, strict=True)
-    )
+    products = [(a.float() * b.float()).sum() for a, b in zip(test_gradient, step, strict=True)]
+    return -sum(products).item()
 
 
 def figure_5(args, n=256):
@@ -597,22 +491,16 @@ def figure_5(args, n=256):
     it is below 0, such data lower the test loss. Per example; mean ± deviation over batches."""
     panels, tokens = [], args.micro_batch_tokens
     for title, _, model, levels, test in unseen_by_level(args):
-        model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        test_gradient = gradient(model, test, n, tokens)
+        test_gradient, points = gradient(model, test, n, tokens), []
         size = max(1, min(64, min(map(len, levels.values())) // 4))  # four batches or more
-        curve = {"x": list(levels), "y": [], "low": [], "high": []}
-        for unseen in levels.values():
+        for level, unseen in levels.items():
             starts = range(0, len(unseen) - size + 1, size)[:16]
             batches = [unseen[start : start + size] for start in starts]
             found = [along_step(test_gradient, model, batch, tokens) / size for batch in batches]
             mean, deviation = float(np.mean(found)), float(np.std(found))
-            curve["y"].append(mean)
-            curve["low"].append(mean - deviation)
-            curve["high"].append(mean + deviation)
-        axes = {"title": f"{title}, batches of {size}", "xlabel": "difficulty level"}
-        axes |= {"xticks": list(levels), "ylabel": rf"$\nabla_g$ of the test loss, N = {n}"}
-        panels.append({"axes": axes, "curves": {"": curve}})
+            points.append((level, mean, mean - deviation, mean + deviation))
+        ylabel = rf"$\nabla_g$ of the test loss, N = {n}"
+        panels.append(level_panel(f"{title}, batches of {size}", ylabel, points))
     return panels
 
 
@@ -620,18 +508,16 @@ def figure_13(args, n=256):
     """Confidence and F by level on unseen training data: the median and the quartiles."""
     panels = []
     for title, accelerator, model, levels, _ in unseen_by_level(args):
-        confidence, factor = [], []  # [levels, 3]
-        for unseen in levels.values():
+        confidence, factor = [], []
+        for level, unseen in levels.items():
             log_p = common.score(accelerator, model, unseen, args.micro_batch_tokens).cpu()
-            confidence.append(np.quantile(log_p.exp(), [0.25, 0.5, 0.75]))
-            factor.append(np.quantile(common.dco_factor(log_p, n), [0.25, 0.5, 0.75]))
-        for name, quartiles in (("p(y|x)", confidence), (f"F({n}, p)", factor)):
-            low, median, high = np.transpose(quartiles).tolist()
-            axes = {"title": title, "xlabel": "difficulty level", "xticks": list(levels)}
-            axes |= {"ylabel": f"{name}: median and quartiles"}
-            axes |= {"yscale": "log"} if quartiles is confidence else {"ylim": (0, 1.02)}
-            curve = {"x": list(levels), "y": median, "low": low, "high": high}
-            panels.append({"axes": axes, "curves": {"": curve}})
+            for points, values in (
+                (confidence, log_p.exp()),
+                (factor, common.dco_factor(log_p, n)),
+            ):
+                points.append((level, *np.quantile(values, [0.5, 0.25, 0.75]).tolist()))
+        panels.append(level_panel(title, "p(y|x), quartiles", confidence, yscale="log"))
+        panels.append(level_panel(title, f"F({n}, p), quartiles", factor, ylim=(0, 1.02)))
     return panels
 
 
