@@ -9,11 +9,10 @@ pass@N is the probability that at least one of N independent samples is right (E
     exact     1 - (1 - p)^N,  p = p̂(y|x) of the reference answer; for direct answers
     sampled   1 - C(n-c, N) / C(n, N)  from n samples of a problem, of which c are right
 
-Prints Markdown tables: coverage, its errors, and differences from the first checkpoint, paired by
-problem. Writes passn-<data>.json and, by the paper's numbers:
+Prints tables of coverage, of its errors, and of differences from the first checkpoint on the same
+problems. Writes passn-<data>.json and, by the paper's numbers:
 
-    Tables 1, 4, 5        of a run's epochs; Table 5 with --data HuggingFaceH4/aime_2024
-    Table 3               with --n 1024 --ns 1,16,64
+    Tables 1, 3, 4, 5     Table 3 with --n 1024 --ns 1,16,64; 5: --data HuggingFaceH4/aime_2024
     Figures 1, 3, 7, 9    confidence-<data>.png: in the greedy answer; in the most frequent (3)
     Figures 2a, 6, 8, 10  passn-<data>.png; with --temperature 0.7,1,1.3,2 a curve for each
     Figure 2b             --figure 2b: F(N, p) over p
@@ -22,7 +21,6 @@ problem. Writes passn-<data>.json and, by the paper's numbers:
     Figure 11             --figure 11: the bounds of Lemmas 4.2 and 4.3
     Figure 12             --figure 12 CHECKPOINT ...: accuracy by rank of confidence
     Figure 13             --figure 13 CHECKPOINT ...: confidence and F on data of each level
-    Tables 2, 6, Fig. 2c  prove.py
 """
 
 import argparse
@@ -41,7 +39,7 @@ import common
 
 
 def numbers(text):
-    return sorted({float(number) for number in text.split(",")})
+    return [float(number) for number in text.split(",")]
 
 
 def parse_args(argv=None):
@@ -56,19 +54,17 @@ def parse_args(argv=None):
     add("--temperature", type=numbers, default=[1.0], help="one or several (default: 1, p̂ itself)")
     add("--micro-batch-tokens", type=int, default=4096 if torch.cuda.is_available() else 512)
     add("--out", type=Path, help="default: the checkpoint's folder, or that of all checkpoints")
-    # prompts and completions: by default as in the checkpoint's dco.json
-    add("--template", choices=["direct", "cot", "r1", "r1-short"])
+    add("--template", choices=["direct", "cot", "r1", "r1-short"], help="default: as in dco.json")
     add("--prompt", help="instead of the template's, with {problem} in it")
     add("--max-new-tokens", type=int, help="paper: 1,024 for reasoning traces")
-    # sampling
     add("--n", type=int, help="samples per problem (default: none, exact coverage only)")
     add("--engine", default="auto", choices=["auto", "vllm", "transformers"])
     add("--gpu-memory", type=float, default=0.85, help="vLLM's share of each GPU's memory")
     add("--gpus-per-engine", type=int, default=1, help="for models too large for one GPU")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    args.ns = [int(n) for n in args.ns or (1, 16, 256, 4096) if args.ns or n <= (args.n or n)]
-    if min(args.n or 1, args.ns[0], args.max_new_tokens or 1, args.temperature[0]) <= 0:
+    args.ns = sorted(map(int, args.ns or [n for n in (1, 16, 256, 4096) if n <= (args.n or n)]))
+    if min(args.n or 1, args.ns[0], args.max_new_tokens or 1, *args.temperature) <= 0:
         parser.error("--n, --ns, --max-new-tokens and --temperature must be positive")
     if args.n and args.n < args.ns[-1]:
         parser.error(f"pass@{args.ns[-1]} cannot be estimated from --n {args.n} samples")
@@ -84,18 +80,18 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.figure in FIGURES:
-        path = args.out / f"figure-{args.figure}.png"
-        print("wrote", draw(FIGURES[args.figure](args), path))
+        panels = FIGURES[args.figure](args)
+        path = args.out / f"figure-{args.figure}.json"
+        path.write_text(json.dumps(panels) + "\n")
+        print(f"wrote {path} and {draw(panels, path.with_suffix('.png'))}")
         return
 
     # -------- checkpoints and data are checked before the first model is loaded
-    records = [read_record(checkpoint) for checkpoint in args.checkpoints]
-    templates = {args.template or record["template"] for record in records}
-    if templates != {"direct"} and not args.n:
-        common.fail("pass@N of reasoning traces is estimated from samples: give --n, say 1024")
-    data = {args.data or record["data"] for record in records}
-    if len(data) > 1 or (not args.data and Path(*data).is_file()):
+    records = [read_record(checkpoint, args) for checkpoint in args.checkpoints]
+    data = {record["data"] for record in records}
+    if len(data) > 1 or "unknown data" in data or (not args.data and Path(*data).is_file()):
         common.fail(f"trained on {', '.join(data)}: say with --data what to evaluate on")
     args.data = data.pop()
     rows = common.load_problems(args.data, "test")
@@ -104,36 +100,37 @@ def main(argv=None):
 
     # -------- measure each checkpoint at each temperature
     accelerator = common.make_accelerator()
-    args.out.mkdir(parents=True, exist_ok=True)
     grader = common.Grader(min(os.cpu_count(), 8)) if accelerator.is_main_process else None
     results = []
     for checkpoint, record in zip(args.checkpoints, records, strict=True):
         for temperature in args.temperature:
             result = measure(args, accelerator, checkpoint, record, temperature, rows)
-            inputs = result, results, golds, grader, args
-            results.append(common.on_main(accelerator, summarise, *inputs))
+            results.append(common.on_main(accelerator, grade, result, results, golds, grader, args))
 
     # -------- report
     if accelerator.is_main_process:
-        timeouts = getattr(grader, "timeouts", 0)
+        report = {"arguments": vars(args), "grading_timeouts": getattr(grader, "timeouts", 0)}
         grader.close()
         print_tables(results, args)
-        print(f"\nGrading took too long for {timeouts} answers, which count as wrong.")
+        print(f"\nanswers that took too long to grade, counted wrong: {report['grading_timeouts']}")
         path = args.out / f"passn-{args.name}.json"
-        report = {"arguments": vars(args), "grading_timeouts": timeouts, "checkpoints": results}
-        path.write_text(json.dumps(report, default=str) + "\n")
+        path.write_text(json.dumps(report | {"checkpoints": results}, default=str) + "\n")
         print("\nwrote", ", ".join(map(str, [path, *draw_results(results, args)])))
     accelerator.end_training()
 
 
-def read_record(checkpoint):
-    """Return what training wrote into the checkpoint's dco.json: template, n_prime, data, ..."""
-    folder = Path(checkpoint)
-    if folder.suffix == ".partial" or (folder.is_dir() and not any(folder.glob("*.safetensors"))):
-        common.fail(f"{checkpoint} does not hold whole weights, as a training script writes them")
-    record = {"template": "direct", "prompt": None, "n_prime": None, "data": "data unknown"}
-    path = folder / "dco.json"
-    return record | json.loads(path.read_text()) if path.is_file() else record
+def read_record(checkpoint, args):
+    """Return the checkpoint's dco.json, as training wrote it, with what args override."""
+    path = Path(checkpoint) / "dco.json"
+    if Path(checkpoint).is_dir() and not any(path.parent.glob("*.safetensors")):
+        common.fail(f"{checkpoint} holds no weights: give a folder that training has written")
+    record = {"template": "direct", "prompt": None, "max_new_tokens": None, "data": "unknown data"}
+    record |= json.loads(path.read_text()) if path.is_file() else {}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    record |= {name: given[name] for name in given.keys() & record.keys()}
+    if record["template"] != "direct" and not args.n:
+        common.fail("pass@N of reasoning traces is estimated from samples: give --n, say 1024")
+    return record
 
 
 def load(checkpoint, tokenizer, accelerator):
@@ -143,20 +140,19 @@ def load(checkpoint, tokenizer, accelerator):
 
 # ---- Measuring -----------------------------------------------------------------------------------
 def measure(args, accelerator, checkpoint, record, temperature, rows):
-    """Score and sample with one checkpoint. Returns its result, for `summarise`."""
+    """Score and sample with one checkpoint. Returns its result, for `grade`."""
     tokenizer, config = common.load_tokenizer(checkpoint), common.load_config(checkpoint)
-    template, prompt = args.template or record["template"], args.prompt or record["prompt"]
-    direct = template == "direct"
-    settings = {"template": template, "prompt": prompt, "prompts_only": not direct}
-    examples, dropped = common.encode(rows, tokenizer, config, **settings)
+    settings = {"template": record["template"], "prompt": record["prompt"]}
+    direct = record["template"] == "direct"
+    examples, dropped = common.encode(rows, tokenizer, config, **settings, prompts_only=not direct)
     if not examples:
         common.fail(f"{checkpoint}: no problem of {args.data} is usable ({dropped})")
     longest = max(len(example.completion_ids) for example in examples) if direct else 1024
-    max_new_tokens = args.max_new_tokens or record.get("max_new_tokens", longest)
-    result = {"checkpoint": checkpoint, "n_prime": record["n_prime"], "template": template}
-    result |= {"temperature": temperature, "max_new_tokens": max_new_tokens, "n": args.n}
+    name = checkpoint + (f", T = {temperature:g}" if temperature != 1 else "")
+    result = settings | {"name": name, "checkpoint": checkpoint, "temperature": temperature}
+    result |= {"n": args.n, "max_new_tokens": record["max_new_tokens"] or longest}
     dropped = f", dropped and counted as unsolved: {dropped}" if dropped else ""
-    accelerator.print(f"{name_of(result)}: {len(rows):,} problems, template {template}{dropped}")
+    accelerator.print(f"{name}: {len(rows):,} problems of {args.data}{dropped}")
     columns = score(args, accelerator, tokenizer, examples, result) if direct else {}
     torch.cuda.empty_cache()  # engines take most of the memory
     if args.n:
@@ -204,58 +200,48 @@ def beam_search(model, prompt, tokenizer, max_new_tokens, width=256, kept=16):
 def sample(args, accelerator, tokenizer, examples, result):
     """Return, by example, {answer: count} of n samples; None is the answer of those without one.
 
-    Samples are kept in samples-<data>-<hash>.jsonl, a line per problem, and not drawn again. The
-    hash is of the state of the weights' files, the prompts and all else that changes the samples.
+    They are kept in samples-<data>-<hash>.json, and not drawn again after an interruption. The hash
+    is of the times of the weights' files, the prompts and all else that changes the samples.
     """
     prompts = [example.prompt_ids for example in examples]
-    files = [path.stat() for path in sorted(Path(result["checkpoint"]).glob("*.safetensors"))]
-    weights = [(file.st_size, file.st_mtime_ns) for file in files]
-    key = common.seed_of(weights, prompts, args.seed, sorted(result.items()))
-    path = args.out / f"samples-{args.name}-{key}.jsonl"
-    known = common.on_main(accelerator, read_samples, path)
-    left = [example for example in examples if example.id not in known]
-    if left:
+    seeds = [common.seed_of(args.seed, "evaluation", example.id) for example in examples]
+    files = sorted(Path(result["checkpoint"]).glob("*.safetensors"))
+    times = [file.stat().st_mtime_ns for file in files]
+    key = common.seed_of(times, prompts, args.seed, sorted(result.items()))
+    path = args.out / f"samples-{args.name}-{key}.json"
+    known = common.on_main(accelerator, lambda: path.read_text() if path.exists() else "[]")
+    samples = json.loads(known)  # [examples, answers, 2]
+    if len(samples) < len(examples):
         length = max(map(len, prompts)) + result["max_new_tokens"]
         sampler = common.make_sampler(args, accelerator, result["checkpoint"], tokenizer, length)
-    size = max(accelerator.num_processes, (1 << 13) // args.n)
-    groups = [left[start : start + size] for start in range(0, len(left), size)]
-    for group in tqdm(groups, unit="call", disable=not accelerator.is_main_process):
-        prompts = [example.prompt_ids for example in group]
-        seeds = [common.seed_of(args.seed, "evaluation", example.id) for example in group]
-        limits = result["max_new_tokens"], seeds, result["temperature"]
-        completions = sampler.generate(prompts, args.n, *limits)
-        if accelerator.is_main_process:
-            with open(path, "a") as file:
-                for example, found in zip(group, completions, strict=True):
-                    answers = common.count_answers(found, tokenizer, result["template"])
-                    line = {"id": example.id, "answers": answers.most_common()}
-                    file.write(json.dumps(line) + "\n")
-    if left:
+        size = max(accelerator.num_processes, (1 << 13) // args.n)  # problems in a call
+        starts = range(len(samples), len(examples), size)
+        for start in tqdm(starts, unit="call", disable=not accelerator.is_main_process):
+            part = slice(start, start + size)
+            limits = result["max_new_tokens"], seeds[part], result["temperature"]
+            for completions in sampler.generate(prompts[part], args.n, *limits):
+                answers = common.count_answers(completions, tokenizer, result["template"])
+                samples.append(answers.most_common())
+            if accelerator.is_main_process:
+                path.with_suffix(".partial").write_text(json.dumps(samples))
+                path.with_suffix(".partial").rename(path)
         sampler.shut_down()
-    known = common.on_main(accelerator, read_samples, path)
-    return [known[example.id] for example in examples]
-
-
-def read_samples(path):
-    common.keep_lines(path, "id", math.inf)  # a kill may have cut off the last line
-    lines = [line for _, line in common.read_json_lines(path)] if path.exists() else []
-    return {line["id"]: dict(map(tuple, line["answers"])) for line in lines}
+    return [dict(answers) for answers in samples]
 
 
 # ---- Summaries -----------------------------------------------------------------------------------
-def summarise(result, earlier, golds, grader, args):
+def grade(result, earlier, golds, grader, args):
     """Grade a result's answers, average over the problems, and compare with the first result."""
     samples, direct = result.pop("samples", []), result["template"] == "direct"
     result["right"] = []
     for gold, counts in zip(golds, samples, strict=bool(args.n)):
         verdicts = grader.grade([(gold, answer) for answer in counts])
-        right = zip(counts.values(), verdicts, strict=True)
-        result["right"].append(sum(count for count, is_right in right if is_right))
+        result["right"].append(int(np.dot(list(counts.values()), verdicts)))
     if not direct:
         modes = [common.most_frequent_answer(counts, grader) for counts in samples]
         result["answer"] = [answer for answer, _ in modes]
         result["confidence"] = [count / args.n for _, count in modes]
-        result["ranked"] = [[one for one in counts if one is not None] for counts in samples]
+        result["ranked"] = [list(filter(None, counts))[:16] for counts in samples]
     result["answer_right"] = grader.grade(list(zip(golds, result["answer"], strict=True)))
     if args.figure == "12":
         result["ranks"] = {}
@@ -287,55 +273,46 @@ def coverage(result, kind, n):
 def sampling_error(n, c, k, resamples=500):
     """Return the standard error of mean pass@k, in percent, with the problems fixed (± of Table 3).
 
-    c: right samples of each problem, of n. A problem with c = 0 may still have p > 0. So p is drawn
-    from its posterior, the prior being a beta distribution fitted to all problems by its moments;
-    then pass@k of two new samples with that p differs by twice the variance that is sought.
+    c: right samples of each problem, of n. A problem with c = 0 may have p > 0: p is drawn from its
+    posterior, after a beta prior fitted to all problems by its moments. The squared difference of
+    pass@k between two sets of new samples with that p is twice the variance, on average.
     """
     c, rng = np.asarray(c), np.random.default_rng(0)
     mean = (c.sum() + 0.5) / (n * len(c) + 1)
     # Var(c/n) = mean (1 - mean) (1 + (n-1) ρ) / n, where ρ = 1 / (a + b + 1)
     rho = ((c / n).var() * n / (mean * (1 - mean)) - 1) / max(n - 1, 1)
-    rho = np.clip(rho, 1e-3, 1 - 1e-3)
-    a, b = mean * (1 / rho - 1), (1 - mean) * (1 / rho - 1)
-    p = rng.beta(a + c, b + n - c, size=(resamples, len(c)))
+    total = 1 / np.clip(rho, 1e-3, 1 - 1e-3) - 1  # a + b
+    p = rng.beta(total * mean + c, total * (1 - mean) + n - c, size=(resamples, len(c)))
     first, second = (common.pass_at_n(n, rng.binomial(n, p), k) for _ in range(2))
     return 100 * float(np.sqrt(((first - second) ** 2 / 2).mean(0).sum()) / len(c))
 
 
 def print_tables(results, args):
     """Print coverage, its 95 % intervals, and differences from the first result, in percent."""
+    narrow = " (too narrow: fewer than 100)" if len(results[0]["answer"]) < 100 else ""
     for kind, how in (("exact", "exact"), ("sampled", f"from {args.n} samples")):
-        measured = {name_of(result): result[kind] for result in results if kind in result}
+        measured = {result["name"]: result[kind] for result in results if kind in result}
         error = ", samples ± {error:.2f}" if kind == "sampled" else ""
-        tables = {
-            f"pass@N in percent, {how}": "{pass:.1f}",
-            "95 % over problems": "{low:.1f} to {high:.1f}" + error,
-            f"less {name_of(results[0])}, paired": "{pass_difference:+.1f} "
-            "[{low_difference:+.1f}, {high_difference:+.1f}]",
-        }
+        tables = {f"pass@N in percent, {how}": "{pass:.1f}"}
+        tables[f"95 % over problems{narrow}"] = "{low:.1f} to {high:.1f}" + error
+        if len(measured) > 1:
+            title = f"less {next(iter(measured))}, paired{narrow}"
+            tables[title] = "{pass_difference:+.1f} [{low_difference:+.1f}, {high_difference:+.1f}]"
         for title, cell in tables.items() if measured else []:
             print(f"\n| {title} | " + " | ".join(f"pass@{n}" for n in args.ns) + " |")
             print("|---" * (len(args.ns) + 1) + "|")
             for name, estimates in measured.items():
                 cells = [cell.format(**estimates[n]) for n in args.ns]
                 print(f"| {name} | " + " | ".join(cells) + " |")
-    if len(results[0]["answer"]) < 100:
-        print("\nThese intervals are too narrow: bootstraps need 100 problems or more.")
-
-
-def name_of(result):
-    temperature = result["temperature"]
-    return result["checkpoint"] + (f", T = {temperature:g}" if temperature != 1 else "")
 
 
 # ---- Figures -------------------------------------------------------------------------------------
 def draw(panels, path):
-    """Draw a PNG, with its numbers in a JSON file beside it. panel: {"axes": for matplotlib's
-    Axes.set, and "curves": {label: [(x, y)] or [(x, y, low, high)]} or "histogram": {label: values
-    in [0, 1]}}, and where it is wanted "envelope": the largest y at each x."""
+    """panel: {"axes": for matplotlib's Axes.set} with "curves": {label: [(x, y) or (x, y, low,
+    high)]} and perhaps "envelope": True, or with "histogram": {label: values in [0, 1]}."""
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
-    size = (5.6, 3.8) if len(panels) == 1 else (3.2 * columns, 2.9 * rows)
+    size = max(5.6, 3.2 * columns), 3.6 if rows == 1 else 2.9 * rows
     figure = Figure(figsize=size, layout="constrained")
     for i, panel in enumerate(panels):
         axis = figure.add_subplot(rows, columns, i + 1)
@@ -347,14 +324,11 @@ def draw(panels, path):
             if interval:
                 axis.fill_between(x, *interval, color=color, alpha=0.15)
         if panel.get("envelope"):
-            largest = [
-                max(y for _, y, *_ in points) for points in zip(*curves.values(), strict=True)
-            ]
+            largest = np.max([[point[1] for point in one] for one in curves.values()], axis=0)
             axis.plot(x, largest, color="0.8", linewidth=8, zorder=0, label="Pareto envelope")
         if histogram:
-            bins, colors = np.linspace(0, 1, 21), ["#0072B2", "#E69F00"]
-            style = {"stacked": True, "color": colors, "label": list(histogram)}
-            axis.hist(list(histogram.values()), bins, **style)
+            style = {"label": list(histogram), "color": ["#0072B2", "#E69F00"], "stacked": True}
+            axis.hist(list(histogram.values()), np.linspace(0, 1, 21), **style)
         axis.set(**panel["axes"])
         axis.title.set_size(8)
         axis.grid(alpha=0.25)
@@ -362,8 +336,6 @@ def draw(panels, path):
             axis.axhline(0, color="0.4", linewidth=0.8)
         if "" not in curves:
             axis.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(panels) + "\n")
     figure.savefig(path, dpi=150)
     return path
 
@@ -372,7 +344,7 @@ def draw_results(results, args):
     """Draw coverage, confidence and, with --figure 12, ranks. Returns the files' paths."""
     figures = {}
     for kind in ("exact", "sampled"):
-        curves = {name_of(result): points(result[kind]) for result in results if kind in result}
+        curves = {result["name"]: curve_of(result[kind]) for result in results if kind in result}
         ticks = [4**i for i in range(20) if 4**i <= args.ns[-1]]
         axes = {"xscale": "log", "xticks": ticks, "xticklabels": ticks, "ylim": (0, 100)}
         axes |= {"xlabel": "N (samples per problem)", "ylabel": f"pass@N (%), {kind}"}
@@ -380,7 +352,7 @@ def draw_results(results, args):
             panel = {"axes": axes, "curves": curves, "envelope": len(curves) > 1}
             figures["passn-sampled" if figures else "passn"] = [panel]
     if args.figure == "12":
-        curves = {name_of(result): points(result["ranks"]) for result in results}
+        curves = {result["name"]: curve_of(result["ranks"]) for result in results}
         axes = {"xlabel": "rank of confidence", "ylabel": "right (%)"}
         figures["figure-12"] = [{"axes": axes, "curves": curves}]
     figures["confidence"] = []
@@ -388,15 +360,13 @@ def draw_results(results, args):
         histogram = {"right": [], "wrong": []}
         for confidence, right in zip(result["confidence"], result["answer_right"], strict=True):
             histogram["right" if right else "wrong"].append(confidence)
-        answer = "greedy" if result["template"] == "direct" else "most frequent"
-        axes = {"title": f"{name_of(result)}\nmean {np.mean(result['confidence']):.2f}"}
-        axes |= {"xlabel": f"confidence in the {answer} answer", "ylabel": "problems"}
+        axes = {"title": f"{result['name']}\nmean {np.mean(result['confidence']):.2f}"}
+        axes |= {"xlabel": "confidence in the answer", "ylabel": "problems"}
         figures["confidence"].append({"axes": axes, "histogram": histogram})
-    paths = {name: args.out / f"{name}-{args.name}.png" for name in figures}
-    return [draw(panels, paths[name]) for name, panels in figures.items()]
+    return [draw(panels, args.out / f"{name}-{args.name}.png") for name, panels in figures.items()]
 
 
-def points(estimates):
+def curve_of(estimates):
     return [(x, one["pass"], one["low"], one["high"]) for x, one in estimates.items()]
 
 
@@ -418,15 +388,13 @@ def figure_4(args):
 
 
 def upper_bound(n, p1, epsilon, k):
-    """Of an optimal policy's largest confidence (Lemma 4.2, Eq. 13). p1: the largest accuracy of an
-    answer; 1 - epsilon: that of the best k together. Holds for k = 2; false in general."""
+    """Of an optimal policy's largest confidence (Lemma 4.2, Eq. 13). True for k = 2, not always."""
     ratio = ((k - 1) * p1 / (1 - p1 - epsilon)) ** (1 / (n - 1))
     return 1 - (k - 1) / ((k - 1) * ratio + 1)
 
 
 def lower_bound(n, p1, p2):
-    """Of the same (Lemma 4.3, Eq. 18), by the two largest accuracies. Holds for at most s + 1
-    answers, s = (1 - p1) / p2 rounded up; false for R more, since the confidence tends to 1/R."""
+    """Of the same (Lemma 4.3, Eq. 18). True for up to s + 1 answers, s = (1 - p1) / p2 rounded."""
     s, ratio = (1 - p1 + p2) / p2, (p1 / p2) ** (1 / (n - 1))
     return 1 - s / (s * ratio + 1)
 
@@ -444,30 +412,26 @@ def unseen_by_level(args):
     training examples that it has not seen}, test examples)."""
     accelerator = common.make_accelerator()
     for checkpoint in args.checkpoints:
-        record = read_record(checkpoint)
+        record = read_record(checkpoint, args)
         if "seen_ids" not in record:
             common.fail(f"{checkpoint} was not saved by train_direct.py --checkpoint-at")
-        tokenizer, config = common.load_tokenizer(checkpoint), common.load_config(checkpoint)
-        settings = tokenizer, config, "direct", args.prompt or record["prompt"]
-        rows = common.load_problems(args.data or record["data"], "train")
-        test_rows = common.load_problems(args.data or record["data"], "test")
-        levels = {level: [] for level in sorted({row.get("level", 0) for row in rows})}
-        for example in common.encode(rows, *settings)[0]:
-            if example.id not in record["seen_ids"]:
-                levels[rows[example.id].get("level", 0)].append(example)
-        test, _ = common.encode(test_rows, *settings)
-        title = f"{Path(checkpoint).name}, {len(record['seen_ids']):,} of {len(rows):,} seen"
+        tokenizer, seen = common.load_tokenizer(checkpoint), set(record["seen_ids"])
+        settings = tokenizer, common.load_config(checkpoint), "direct", record["prompt"]
+        rows = common.load_problems(record["data"], "train")
+        train, _ = common.encode(rows, *settings)
+        test, _ = common.encode(common.load_problems(record["data"], "test"), *settings)
+        levels = {}
+        for example in sorted(train, key=lambda example: rows[example.id]["level"]):
+            if example.id not in seen:
+                levels.setdefault(rows[example.id]["level"], []).append(example)
+        title = f"{Path(checkpoint).name}, {len(seen):,} of {len(rows):,} seen"
         yield title, accelerator, load(checkpoint, tokenizer, accelerator), levels, test
 
 
 def level_panel(title, ylabel, points, **axes):
     """points: [(level, middle, low, high)]."""
-    axes |= {
-        "title": title,
-        "xlabel": "difficulty level",
-        "xticks": [level for level, *_ in points],
-    }
-    return {"axes": axes | {"ylabel": ylabel}, "curves": {"": points}}
+    axes |= {"title": title, "xlabel": "difficulty level", "ylabel": ylabel}
+    return {"axes": axes | {"xticks": [point[0] for point in points]}, "curves": {"": points}}
 
 
 def gradient(model, examples, n, tokens):
@@ -511,11 +475,9 @@ def figure_13(args, n=256):
         confidence, factor = [], []
         for level, unseen in levels.items():
             log_p = common.score(accelerator, model, unseen, args.micro_batch_tokens).cpu()
-            for points, values in (
-                (confidence, log_p.exp()),
-                (factor, common.dco_factor(log_p, n)),
-            ):
-                points.append((level, *np.quantile(values, [0.5, 0.25, 0.75]).tolist()))
+            factors = common.dco_factor(log_p, n)
+            confidence.append((level, *np.quantile(log_p.exp(), [0.5, 0.25, 0.75]).tolist()))
+            factor.append((level, *np.quantile(factors, [0.5, 0.25, 0.75]).tolist()))
         panels.append(level_panel(title, "p(y|x), quartiles", confidence, yscale="log"))
         panels.append(level_panel(title, f"F({n}, p), quartiles", factor, ylim=(0, 1.02)))
     return panels
