@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of this size are slower with more
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)  # the tests start and end their own engines
+SMALL = {"train": 300, "test": 16}  # rows of `small_data`
 TINY_LLAMA = str(ROOT / "examples/tiny_llama")
 
 
@@ -46,6 +47,25 @@ def write_rows(folder, **splits):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(text)
     return folder
+
+
+def refused(capsys, function, *arguments):
+    """Call a function that must end with exit code 2. Returns its message, one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments)
+    assert stop.value.code == 2
+    _, error, message = capsys.readouterr().err.rpartition("error: ")
+    assert error and message.count("\n") == 1, message
+    return message
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """The first problems of the embedded data."""
+    rows = {split: read_lines(ROOT / f"examples/arithmetic/{split}.jsonl") for split in SMALL}
+    small = {split: rows[split][:count] for split, count in SMALL.items()}
+    return write_rows(tmp_path_factory.mktemp("small"), **small)
 
 
 @pytest.fixture(scope="session")
