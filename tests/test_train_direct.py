@@ -8,53 +8,20 @@ import accelerate
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY_LLAMA, read_lines, refused, write_rows
-from safetensors.torch import load_file
+from small_runs import (
+    FLAGS,
+    ROOT,
+    TINY_LLAMA,
+    assert_same_run,
+    read_lines,
+    refused,
+    train,
+    weights,
+    write_rows,
+)
 
 import common
 import train_direct
-
-# 300 problems in batches of 32: steps with and without rejected examples, and short last ones.
-FLAGS = ["--n-prime", "64", "--factor-threshold", "0.8", "--epochs", "4"]
-TIMES = ("seconds", "tokens_per_second")
-
-
-def train(*flags):
-    train_direct.main([str(flag) for flag in flags])
-
-
-def weights(checkpoint):
-    return load_file(checkpoint / "model.safetensors")
-
-
-def assert_same_run(out, reference, tolerance=1e-4):
-    """The same examples in the same steps, and the same numbers and weights up to rounding."""
-    for name in ("metrics.jsonl", "epochs.jsonl"):
-        lines, expected = read_lines(out / name), read_lines(reference / name)
-        assert len(lines) == len(expected) > 0
-        for line, other in zip(lines, expected, strict=True):
-            assert line.keys() == other.keys()
-            for field in line.keys() - set(TIMES):
-                close = pytest.approx(other[field], rel=tolerance, abs=1e-6)
-                whole = isinstance(other[field], int | list)
-                assert line[field] == (other[field] if whole else close), (line["step"], field)
-    checkpoints = sorted(path.parent.name for path in reference.glob("*/model.safetensors"))
-    assert checkpoints == sorted(path.parent.name for path in out.glob("*/model.safetensors"))
-    for name in checkpoints:
-        mine, others = weights(out / name), weights(reference / name)
-        torch.testing.assert_close(mine, others, rtol=0, atol=tolerance)
-
-
-@pytest.fixture(scope="session")
-def reference(small_data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("reference") / "run"
-    train(*FLAGS, "--data", small_data, "--out", out)
-    steps = read_lines(out / "metrics.jsonl")
-    shares = [step["accepted"] / step["candidates"] for step in steps]
-    assert min(shares) < 2 / 3 < max(shares), "both ways of refilling"
-    assert any(step["accepted"] < 32 for step in steps), "short last steps"
-    return out
-
 
 # ---- Steps
 
