@@ -42,7 +42,7 @@ def test_loss_factor_and_gradient_are_those_of_the_equations(n):
 
 @pytest.mark.parametrize("n", NS)
 def test_both_ends_have_no_nan(n):
-    """p = 0 and p = 1 beside ordinary values: each branch must leave the others' gradients alone."""
+    """p = 0 and p = 1 beside ordinary values: a branch leaves the others' gradients alone."""
     x = torch.tensor([-math.inf, -50.0, -1.0, 0.0], dtype=torch.float64, requires_grad=True)
     loss, factor = common.dco_loss(x, n), common.dco_factor(x, n)
     (gradient,) = torch.autograd.grad(loss[1:].sum() + loss[0].clamp(max=1e9), x)

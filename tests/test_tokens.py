@@ -91,7 +91,7 @@ def test_too_long_is_dropped_and_counted_never_cut(tokenizer):
     config = transformers.LlamaConfig(vocab_size=118, max_position_embeddings=20)
     rows = [row("1" * 16), row("1" * 17), row(), row("1", "")]  # + BOS, line end, answer, EOS
     examples, dropped = common.encode(rows, tokenizer, config, "direct")
-    assert list(map(len, examples)) == [20, 8] and dropped == {"too long": 1, "without answer": 1}
+    assert list(map(len, examples)) == [20, 8] and dropped["too long"] == 1 and len(dropped) == 2
     examples, dropped = common.encode(rows, tokenizer, config, "direct", max_length=8)
     assert list(map(len, examples)) == [8] and dropped["too long"] == 2
 
@@ -99,9 +99,9 @@ def test_too_long_is_dropped_and_counted_never_cut(tokenizer):
 def test_rows_without_what_the_template_needs_are_dropped_and_counted(tokenizer, config):
     rows = [row(), row(answer=" "), row(solution="2"), row(solution=" ")]
     examples, dropped = common.encode(rows, tokenizer, config, "cot")
-    assert len(examples) == 1 and dropped == {"without solution": 3}
-    examples, dropped = common.encode(rows, tokenizer, config, "cot", prompts_only=True)
-    assert [e.completion_ids for e in examples] == [[]] * 3 and dropped == {"without answer": 1}
+    assert len(examples) == 1 and list(dropped.values()) == [3]
+    sampled, dropped = common.encode(rows, tokenizer, config, "cot", prompts_only=True)
+    assert [one.completion_ids for one in sampled] == [[]] * 3 and list(dropped.values()) == [1]
 
 
 def test_a_prompt_may_hold_other_braces(tokenizer, config):
@@ -114,46 +114,58 @@ def test_a_prompt_may_hold_other_braces(tokenizer, config):
 # ---- Templates
 
 
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        ("so \\boxed{1}, or \\boxed{\\frac{1}{2}} it is", "\\frac{1}{2}"),
-        ("\\boxed{ {a} \\{ }} }", "{a} \\{ }"),
-        ("\\boxed{1", None),
-        ("\\boxed{}", None),
-        ("1", None),
-    ],
-)
-def test_boxed_is_the_last_one_with_its_braces(text, answer):
-    assert common.TEMPLATES["cot"].extract(text) == answer
+R1 = "2 </think> so <answer> 4 </answer>"
 
 
 @pytest.mark.parametrize(
-    "text, answer",
+    "template, text, answer",
     [
-        ("2 </think> <answer> 4 </answer>", "4"),
-        ("2 </think> so <answer>4</answer>.", "4"),
-        ("2 <answer> 4 </answer>", None),
-        ("2 </think> <answer> 4", None),
-        ("2 </think> <answer> 4 </answer> <answer> 5 </answer>", None),
-        ("2 </think> <think> </think> <answer> 4 </answer>", None),
-        ("<answer> 4 </answer> </think>", None),
-        ("2 </think> <answer> </answer>", None),
+        ("cot", "so \\boxed{1}, or \\boxed{\\frac{1}{2}} it is", "\\frac{1}{2}"),
+        ("cot", "\\boxed{ {a} \\{ }} }", "{a} \\{ }"),
+        ("cot", "\\boxed{1", None),
+        ("cot", "\\boxed{}", None),
+        ("cot", "1", None),
+        ("r1", R1, "4"),
+        ("r1-short", R1 + ".", "4"),
+        ("r1", R1.replace("</think>", ""), None),
+        ("r1", R1.replace("</answer>", ""), None),
+        ("r1", R1 + " <answer> 5 </answer>", None),
+        ("r1", "<think> </think>" + R1, None),
+        ("r1", "<answer> 4 </answer> </think>", None),
+        ("r1", R1.replace("4", ""), None),
+        ("direct", " 2 ", "2"),
+        ("direct", " ", None),
     ],
 )
-def test_r1_takes_one_closed_thought_and_one_answer(text, answer):
-    for template in ("r1", "r1-short"):
-        assert common.TEMPLATES[template].extract(text) == answer
-
-
-def test_every_template_extracts_the_answer_of_its_own_completion():
-    example = row(solution="1+1=\\boxed{2}", answer="2")
-    for template in common.TEMPLATES.values():
-        assert template.extract(common.fill(template.completion, example)) == "2"
+def test_extraction(template, text, answer):
+    """The last box with balanced braces; one closed thought and exactly one answer."""
+    assert common.TEMPLATES[template].extract(text) == answer
 
 
 # ---- Packed log-probabilities
 
+PACKABLE = {  # architecture: what its small configuration has beside SIZES
+    "Llama": {"tie_word_embeddings": True, "num_key_value_heads": 2},
+    "GPT2": {},
+    "Qwen2": {"num_key_value_heads": 2},
+    "Qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "Mistral": {"num_key_value_heads": 2},
+    "Gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
+    "Gemma3Text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
+    "Phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "GPTNeoX": {},
+}
+MIXING = {
+    "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "Bloom": {},
+    "Mamba": {"state_size": 4},
+    "FalconH1": {
+        "num_key_value_heads": 2,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+    },
+}
 SIZES = {
     "vocab_size": 118,
     "hidden_size": 32,
@@ -161,25 +173,12 @@ SIZES = {
     "num_attention_heads": 4,
     "initializer_range": 0.3,
 }
-PACKABLE = {
-    "Llama, tied, grouped queries": ("Llama", {"tie_word_embeddings": True}),
-    "GPT2": ("GPT2", {}),
-    "Qwen2": ("Qwen2", {}),
-    "Qwen3": ("Qwen3", {"head_dim": 8}),
-    "Mistral": ("Mistral", {}),
-    "Gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 8}),
-    "Gemma3": ("Gemma3Text", {"head_dim": 8, "sliding_window": 8}),
-    "Phi3": ("Phi3", {"pad_token_id": 0}),
-    "NeoX": ("GPTNeoX", {}),
-}
 
 
-def make_model(kind, more):
+def make_model(architecture):
     transformers.logging.set_verbosity_error()
-    settings = SIZES | more
-    if kind not in ("GPT2", "GPTNeoX", "OPT", "Bloom", "Mamba"):
-        settings |= {"num_key_value_heads": 2, "intermediate_size": 64}
-    config = getattr(transformers, kind + "Config")(**settings)
+    settings = SIZES | (PACKABLE | MIXING)[architecture]
+    config = getattr(transformers, architecture + "Config")(**settings)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).train(False)
 
@@ -198,9 +197,9 @@ def plain_log_prob(model, example):
     return log_p.gather(1, ids[0, 1:, None])[len(example.prompt_ids) - 1 :].sum()
 
 
-@pytest.mark.parametrize("name", PACKABLE)
-def test_packed_log_probs_and_gradients_are_those_of_each_example_alone(name, examples):
-    model = make_model(*PACKABLE[name])
+@pytest.mark.parametrize("architecture", PACKABLE)
+def test_packed_log_probs_and_gradients_are_those_of_each_example_alone(architecture, examples):
+    model = make_model(architecture)
     weights = torch.tensor([1.0, -0.5, 2.0, 0.3])
     packed = common.log_probs(model, examples)
     assert packed.dtype == torch.float32 and packed.shape == (4,)
@@ -216,13 +215,10 @@ def test_packed_log_probs_and_gradients_are_those_of_each_example_alone(name, ex
     common.check_packing(common.make_accelerator(), model, examples[:2])
 
 
-@pytest.mark.parametrize("kind", ["OPT", "Bloom", "Mamba", "FalconH1"])
-def test_an_architecture_that_mixes_packed_examples_is_refused(kind, examples, capsys):
-    more = {"OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "Mamba": {"state_size": 4}}
-    more["FalconH1"] = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}
-    model = make_model(kind, more.get(kind, {}))
-    accelerator = common.make_accelerator()
-    assert "packed" in refused(capsys, common.check_packing, accelerator, model, examples[:2])
+@pytest.mark.parametrize("architecture", MIXING)
+def test_an_architecture_that_mixes_packed_examples_is_refused(architecture, examples, capsys):
+    arguments = common.make_accelerator(), make_model(architecture), examples[:2]
+    assert "packed" in refused(capsys, common.check_packing, *arguments)
 
 
 def test_logits_exist_only_where_a_completion_token_is_predicted(tiny_model, examples):
@@ -335,3 +331,5 @@ def test_the_embedded_data_is_disjoint_and_fits_every_template(tokenizer, config
     for template in common.TEMPLATES:
         examples, dropped = common.encode(train[::20], tokenizer, config, template)
         assert len(examples) == 75 and not dropped
+        form = common.TEMPLATES[template]
+        assert form.extract(common.fill(form.completion, train[0])) == train[0]["answer"]
