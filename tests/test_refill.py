@@ -131,22 +131,6 @@ def test_acceptance_that_collapses_from_step_to_step():
         assert run(refill, Trainer(accepts, processes), epochs=2) == expected
 
 
-def test_a_state_in_the_middle_of_an_epoch_continues_the_stream():
-    accepts = drifting(0.5)
-    one, trainer = make_refill(150, 16), Trainer(accepts)
-    one.start_epoch()
-    for trainer.step in range(3):
-        trainer.weights, trainer.ended = {}, 0
-        one.next_step(trainer.score, trainer.forward)
-    other = make_refill(150, 16, processes=2, tokens=200)
-    vars(other).update(one.state_dict())
-    found = []
-    for refill in (one, other):
-        trainer.step, trainer.ended = 3, 0
-        found.append(refill.next_step(trainer.score, trainer.forward))
-    assert found[0].ids == found[1].ids and found[0].seen == found[1].seen
-
-
 @pytest.mark.parametrize("share", [1.0, 0.97, 0.9, 0.8, 0.75, 0.7, 0.67, 0.6, 0.5, 0.2, 0.05, 0.02])
 def test_a_step_costs_at_most_five_percent_more_than_the_cheaper_way(share):
     """Counted in forwards: scoring all candidates and training on the accepted, or training on

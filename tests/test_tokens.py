@@ -4,7 +4,6 @@ import json
 import runpy
 import shutil
 import sys
-from collections import Counter
 
 import datasets
 import pytest
@@ -144,41 +143,28 @@ def test_extraction(template, text, answer):
 
 # ---- Packed log-probabilities
 
-PACKABLE = {  # architecture: what its small configuration has beside SIZES
-    "Llama": {"tie_word_embeddings": True, "num_key_value_heads": 2},
-    "GPT2": {},
-    "Qwen2": {"num_key_value_heads": 2},
-    "Qwen3": {"num_key_value_heads": 2, "head_dim": 8},
-    "Mistral": {"num_key_value_heads": 2},
-    "Gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
-    "Gemma3Text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
-    "Phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
-    "GPTNeoX": {},
-}
-MIXING = {
-    "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "Bloom": {},
-    "Mamba": {"state_size": 4},
-    "FalconH1": {
-        "num_key_value_heads": 2,
-        "mamba_d_ssm": 64,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 16,
-    },
-}
-SIZES = {
+PACKABLE = ["Llama", "GPT2", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text", "Phi3", "GPTNeoX"]
+MIXING = ["OPT", "Bloom", "Mamba", "FalconH1"]
+SIZES = {  # those that an architecture does not have, it ignores
     "vocab_size": 118,
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 8,
     "initializer_range": 0.3,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "word_embed_proj_dim": 32,
+    "mamba_d_ssm": 64,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
 }
 
 
 def make_model(architecture):
-    transformers.logging.set_verbosity_error()
-    settings = SIZES | (PACKABLE | MIXING)[architecture]
-    config = getattr(transformers, architecture + "Config")(**settings)
+    config = getattr(transformers, architecture + "Config")(**SIZES)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).train(False)
 
@@ -219,13 +205,6 @@ def test_packed_log_probs_and_gradients_are_those_of_each_example_alone(architec
 def test_an_architecture_that_mixes_packed_examples_is_refused(architecture, examples, capsys):
     arguments = common.make_accelerator(), make_model(architecture), examples[:2]
     assert "packed" in refused(capsys, common.check_packing, *arguments)
-
-
-def test_logits_exist_only_where_a_completion_token_is_predicted(tiny_model, examples):
-    shapes = []
-    tiny_model.lm_head.register_forward_hook(lambda *call: shapes.append(call[2].shape[1]))
-    common.log_probs(tiny_model, examples)
-    assert shapes == [sum(len(example.completion_ids) for example in examples)]
 
 
 # ---- Loading
@@ -319,17 +298,11 @@ def test_generators_make_the_committed_files_byte_for_byte(tmp_path, monkeypatch
 
 
 def test_the_embedded_data_is_disjoint_and_fits_every_template(tokenizer, config):
-    train, test = (
-        common.load_problems(str(ROOT / "examples/arithmetic"), split)
-        for split in ("train", "test")
-    )
-    assert (len(train), len(test)) == (1500, 500)
-    assert len({row["problem"] for row in train + test}) == 2000
-    assert set(Counter(row["level"] for row in train + test).values()) == {400}
-    for one in train + test:
-        assert common.extract_boxed(one["solution"]) == one["answer"]
-    for template in common.TEMPLATES:
-        examples, dropped = common.encode(train[::20], tokenizer, config, template)
+    folder = str(ROOT / "examples/arithmetic")
+    train, test = (common.load_problems(folder, split) for split in ("train", "test"))
+    assert (len(train), len({row["problem"] for row in train + test})) == (1500, 2000)
+    for name, form in common.TEMPLATES.items():
+        examples, dropped = common.encode(train[::20], tokenizer, config, name)
         assert len(examples) == 75 and not dropped
-        form = common.TEMPLATES[template]
-        assert form.extract(common.fill(form.completion, train[0])) == train[0]["answer"]
+        for row in train:
+            assert form.extract(common.fill(form.completion, row)) == row["answer"]

