@@ -10,11 +10,15 @@ import pytest
 import torch
 import transformers
 from small_runs import ROOT, TINY_LLAMA, refused, write_rows
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, processors
 
 import common
 
 GOOD = {"problem": "1+1=", "answer": "2"}
+
+
+def row(problem="1+1=", answer="2", **more):
+    return {"id": 0, "source": "data.jsonl:1", "problem": problem, "answer": answer} | more
 
 
 @pytest.fixture(scope="session")
@@ -22,68 +26,54 @@ def config():
     return common.load_config(TINY_LLAMA)
 
 
-def row(problem="1+1=", answer="2", **more):
-    return {"id": 0, "source": "data.jsonl:1", "problem": problem, "answer": answer} | more
-
-
-def make_tokenizer(post="<s> $A", merges=(("=", "2"),), eos="</s>"):
+def make_tokenizer(post="<s> $A", eos="</s>"):
     """A BPE tokenizer that merges "=2". post: what it adds to a text."""
-    vocabulary = ["<s>", "</s>", "1", "+", "=", "2", "=2", "\n", "3"]
-    ids = {token: i for i, token in enumerate(vocabulary)}
-    backend = Tokenizer(models.BPE(ids, list(merges)))
-    backend.pre_tokenizer = pre_tokenizers.Split("\n", behavior="isolated")
-    backend.decoder = decoders.Fuse()
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "1", "=", "2", "=2", "3"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("=", "2")]))
     special = [("<s>", 0), ("</s>", 1)]
     backend.post_processor = processors.TemplateProcessing(single=post, special_tokens=special)
     backend.add_special_tokens(["<s>", "</s>"])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token=eos, pad_token="</s>"
+        tokenizer_object=backend, bos_token="<s>", eos_token=eos
     )
 
 
 # ---- Tokens
 
 
-def test_prompt_and_completion_are_tokenized_apart_and_eos_closes_the_completion(config):
-    tokenizer = make_tokenizer()
-    assert tokenizer("1=2").input_ids == [0, 2, 6]  # one text would merge over the boundary
-    prompt = "{problem}"
-    (example,), _ = common.encode([row("1=", "2")], tokenizer, config, "direct", prompt)
-    assert (example.prompt_ids, example.completion_ids) == ([0, 2, 4], [5, 1])
-
-
 @pytest.mark.parametrize(
     "post, eos, prompt_ids",
-    [("<s> $A </s>", "</s>", [0, 2, 7]), ("$A </s>", "</s>", [2, 7]), ("<s> $A", "<s>", [0, 2, 7])],
-    ids=["appends EOS", "EOS alone", "BOS is EOS"],
+    [
+        ("<s> $A", "</s>", [0, 2, 3]),
+        ("<s> $A </s>", "</s>", [0, 2, 3]),
+        ("$A </s>", "</s>", [2, 3]),
+        ("<s> $A", "<s>", [0, 2, 3]),
+    ],
+    ids=["BOS", "BOS and EOS", "EOS alone", "BOS is EOS"],
 )
-def test_eos_stands_at_the_end_and_nowhere_else(post, eos, prompt_ids, config):
-    tokenizer = make_tokenizer(post, eos=eos)
-    (example,), _ = common.encode([row("1", "2")], tokenizer, config, "direct")
+def test_no_token_crosses_the_boundary_and_eos_closes_the_completion(post, eos, prompt_ids, config):
+    tokenizer = make_tokenizer(post, eos)
+    assert 5 in tokenizer("1=2").input_ids, "one text would merge over the boundary"
+    ((example,), _) = common.encode([row("1=")], tokenizer, config, "direct", "{problem}")
     assert example.prompt_ids == prompt_ids
-    assert example.completion_ids == [5, tokenizer.eos_token_id]
+    assert example.completion_ids == [4, tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("post", ["<s> $A", "<s> $A </s>"])
 @pytest.mark.parametrize("bad", [row("1", "2</s>3"), row("1</s>1", "2"), row("1", "2</s>")])
-def test_a_text_that_contains_eos_is_refused(bad, config, capsys):
-    for tokenizer in (make_tokenizer(), make_tokenizer("<s> $A </s>")):
-        error = refused(capsys, common.encode, [bad], tokenizer, config, "direct")
-        assert "data.jsonl:1" in error and "</s>" in error
+def test_a_text_that_contains_eos_is_refused(bad, post, config, capsys):
+    error = refused(capsys, common.encode, [bad], make_tokenizer(post), config, "direct")
+    assert "data.jsonl:1" in error and "</s>" in error
 
 
-def test_a_token_id_beyond_the_embedding_is_refused(config, capsys):
-    small = transformers.LlamaConfig(vocab_size=5)
-    for bad in (row("1", "2"), row("2", "1")):
-        error = refused(capsys, common.encode, [bad], make_tokenizer(), small, "direct")
-        assert "data.jsonl:1" in error and "5" in error
-    small.vocab_size = 9
-    assert common.encode([row("1", "2")], make_tokenizer(), small, "direct")[0]
-
-
-def test_a_character_that_the_tokenizer_does_not_know_is_refused(tokenizer, config, capsys):
-    for bad in (row("1€+1="), row(answer="€")):
-        error = refused(capsys, common.encode, [bad], tokenizer, config, "direct")
-        assert "data.jsonl:1" in error and "character" in error
+@pytest.mark.parametrize("bad", [row("1", "3"), row("3", "1"), row("1€"), row(answer="€")])
+def test_tokens_that_the_model_or_the_tokenizer_does_not_have_are_refused(bad, tokenizer, capsys):
+    config, unknown = transformers.LlamaConfig(vocab_size=6), "€" in str(bad)
+    arguments = [bad], tokenizer if unknown else make_tokenizer(), config, "direct"
+    error = refused(capsys, common.encode, *arguments)
+    assert "data.jsonl:1" in error and ("character" if unknown else "6") in error
+    config.vocab_size = 7
+    assert unknown or common.encode(*arguments)[0]
 
 
 def test_too_long_is_dropped_and_counted_never_cut(tokenizer):
@@ -123,17 +113,14 @@ R1 = "2 </think> so <answer> 4 </answer>"
         ("cot", "\\boxed{ {a} \\{ }} }", "{a} \\{ }"),
         ("cot", "\\boxed{1", None),
         ("cot", "\\boxed{}", None),
-        ("cot", "1", None),
         ("r1", R1, "4"),
         ("r1-short", R1 + ".", "4"),
         ("r1", R1.replace("</think>", ""), None),
         ("r1", R1.replace("</answer>", ""), None),
         ("r1", R1 + " <answer> 5 </answer>", None),
         ("r1", "<think> </think>" + R1, None),
-        ("r1", "<answer> 4 </answer> </think>", None),
         ("r1", R1.replace("4", ""), None),
         ("direct", " 2 ", "2"),
-        ("direct", " ", None),
     ],
 )
 def test_extraction(template, text, answer):
@@ -226,40 +213,37 @@ def test_columns_are_mapped_and_a_list_of_one_is_its_element(tmp_path):
 
 
 def test_leading_zeros_of_a_whole_number_are_dropped(tmp_path):
-    answers = ["025", "000", "0.25", "0", "x01", "10"]
+    answers = {"025": "25", "000": "0", "0.25": "0.25", "0": "0", "x01": "x01"}
     rows = load(tmp_path, *[GOOD | {"answer": answer} for answer in answers])
-    assert [row["answer"] for row in rows] == ["25", "0", "0.25", "0", "x01", "10"]
+    assert [row["answer"] for row in rows] == list(answers.values())
 
 
-@pytest.mark.parametrize("field", ["answer", "problem", "solution"])
-@pytest.mark.parametrize("value", [["2", "3"], [], {"a": 1}, [["2"]], [None], True, float("nan")])
+@pytest.mark.parametrize("field", ["answer", "problem"])
+@pytest.mark.parametrize(
+    "value", [["2", "3"], [], {"a": 1}, [["2"]], [None], True, float("nan"), None]
+)
 def test_a_value_that_is_no_text_is_refused_by_file_line_and_field(value, field, tmp_path, capsys):
     error = refused(capsys, load, tmp_path, GOOD, GOOD | {field: value})
     assert "train.jsonl:2" in error and repr(field) in error
 
 
-@pytest.mark.parametrize("bad", [{"problem": "1"}, {"answer": "1"}, GOOD | {"answer": None}])
-def test_a_missing_field_is_named(bad, tmp_path, capsys):
-    error = refused(capsys, load, tmp_path, GOOD, bad)
-    missing = "answer" if "problem" in bad else "problem"
-    assert "train.jsonl:2" in error and repr(missing) in error
-
-
-def test_files_that_are_not_json_lines_in_utf_8_are_refused(tmp_path, capsys):
-    path, text = tmp_path / "train.jsonl", json.dumps(GOOD) + "\n"
-    for raw, words in (
-        (text.encode("utf-16"), ("UTF-16",)),
-        (text.encode("utf-16-le"), ("UTF-16",)),
-        (text.encode() + b'{"problem": \n', ("train.jsonl:2", "JSON")),
-        (text.encode() + b"[1]\n", ("train.jsonl:2", "JSON")),
-        (text.encode() + '{"problem": "é"}\n'.encode("latin-1"), ("train.jsonl:2", "UTF-8")),
-        (b"\n", ("no problems",)),
-    ):
-        path.write_bytes(raw)
-        error = refused(capsys, common.load_problems, str(path), "train")
-        assert all(word in error for word in words), error
-    path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n" + text.encode())
-    assert len(common.load_problems(str(path), "train")) == 2
+@pytest.mark.parametrize(
+    "raw, words",
+    [
+        (json.dumps(GOOD).encode("utf-16"), "UTF-16"),
+        (json.dumps(GOOD).encode("utf-16-le"), "UTF-16"),
+        (b'\n{"problem": \n', "train.jsonl:2: not JSON"),
+        (b"\n[1]\n", "train.jsonl:2: not a JSON"),
+        ('{"problem": "é"}\n'.encode("latin-1"), "UTF-8"),
+        (b"\n", "no problems"),
+    ],
+)
+def test_files_that_are_not_json_lines_in_utf_8_are_refused(raw, words, tmp_path, capsys):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(raw)
+    assert words in refused(capsys, common.load_problems, str(path), "train")
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert len(common.load_problems(str(path), "train")) == 1
 
 
 def test_data_sets_of_the_hub(monkeypatch, capsys):
@@ -267,17 +251,16 @@ def test_data_sets_of_the_hub(monkeypatch, capsys):
     math = GOOD | {"solution": "\\boxed{2}", "subject": "Algebra", "level": 5, "unique_id": "x"}
     aime = GOOD | {"id": 60, "answer": "025", "url": "", "year": "2024"}
     hub = {
-        "nlile/hendrycks-MATH-benchmark": {"train": [math] * 3, "test": [math]},
-        "HuggingFaceH4/aime_2024": {"train": [aime] * 30},
-        "HuggingFaceH4/MATH-500": {"test": [math]},
+        "user/math": {"train": [math] * 3, "test": [math]},
+        "user/aime": {"train": [aime] * 30},
+        "user/test-only": {"test": [math]},
     }
     monkeypatch.setattr(datasets, "load_dataset", hub.__getitem__)
-    name, aime_name, test_name = hub
-    assert len(common.load_problems(name, "train")) == 3
-    assert common.load_problems(name, "test")[0]["level"] == 5
-    assert {row["answer"] for row in common.load_problems(aime_name, "test")} == {"25"}
-    assert common.load_problems(aime_name, "test", required=False) == []  # while training on it
-    assert "train" in refused(capsys, common.load_problems, test_name, "train")
+    assert len(common.load_problems("user/math", "train")) == 3
+    assert common.load_problems("user/math", "test")[0]["level"] == 5
+    assert {row["answer"] for row in common.load_problems("user/aime", "test")} == {"25"}
+    assert common.load_problems("user/aime", "test", required=False) == []  # while training on it
+    assert "train" in refused(capsys, common.load_problems, "user/test-only", "train")
     assert "nobody/x" in refused(capsys, common.load_problems, "nobody/x", "train")
 
 
@@ -295,14 +278,3 @@ def test_generators_make_the_committed_files_byte_for_byte(tmp_path, monkeypatch
     made += [llama / f"{name}.json" for name in ("config", "tokenizer", "tokenizer_config")]
     for path in made:
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path
-
-
-def test_the_embedded_data_is_disjoint_and_fits_every_template(tokenizer, config):
-    folder = str(ROOT / "examples/arithmetic")
-    train, test = (common.load_problems(folder, split) for split in ("train", "test"))
-    assert (len(train), len({row["problem"] for row in train + test})) == (1500, 2000)
-    for name, form in common.TEMPLATES.items():
-        examples, dropped = common.encode(train[::20], tokenizer, config, name)
-        assert len(examples) == 75 and not dropped
-        for row in train:
-            assert form.extract(common.fill(form.completion, row)) == row["answer"]

@@ -7,17 +7,8 @@ import accelerate
 import pytest
 import torch
 import transformers
-from small_runs import (
-    FLAGS,
-    ROOT,
-    TINY_LLAMA,
-    assert_same_run,
-    read_lines,
-    refused,
-    train,
-    weights,
-    write_rows,
-)
+from safetensors.torch import load_file
+from small_runs import FLAGS, ROOT, assert_same_run, read_lines, refused, train, write_rows
 
 import common
 import train_direct
@@ -77,8 +68,8 @@ def test_a_step_is_adamw_on_the_plain_gradient_of_its_first_accepted_candidates(
     train(*flags, "--data", small_data, "--out", tmp_path / "run")
 
     rows, steps = read_lines(small_data / "train.jsonl"), read_lines(tmp_path / "run/metrics.jsonl")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_LLAMA)
-    model = common.load_model(TINY_LLAMA, tokenizer, seed=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained("examples/tiny_llama")
+    model = common.load_model("examples/tiny_llama", tokenizer, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     epoch, clipped = 0, 0
     for step, weights_before, gradient in zip(steps, before, gradients, strict=True):
@@ -143,11 +134,6 @@ def test_data_smaller_than_a_batch_make_one_step_and_another_checkpoint_each_epo
     assert len(set(files)) == 4
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(small_data, reference, tmp_path):
-    train(*FLAGS, "--gradient-checkpointing", "--data", small_data, "--out", tmp_path / "run")
-    assert_same_run(tmp_path / "run", reference)
-
-
 def test_dco_keeps_the_coverage_that_cross_entropy_loses(small_data, tmp_path):
     """The paper's finding: confidence grows, and pass@4096 falls, with cross-entropy only."""
     rows = read_lines(small_data / "train.jsonl")
@@ -204,24 +190,12 @@ def test_a_checkpoint_opens_in_plain_transformers_and_samples_from_the_model_its
     loaded = transformers.AutoTokenizer.from_pretrained(checkpoint)
     assert loaded("1+1=").input_ids == tokenizer("1+1=").input_ids
     assert not torch.equal(model.lm_head.weight, pretrained.lm_head.weight)
-    assert "lm_head.weight" not in weights(checkpoint), "a tied head is stored once"
+    stored = load_file(checkpoint / "model.safetensors")
+    assert "lm_head.weight" not in stored, "a tied head is stored once"
     assert json.loads((checkpoint / "dco.json").read_text()) == dict(
         template="direct", prompt="{x} {problem}:", data=str(small_data), max_new_tokens=6,
         n_prime=16, step=2, epoch=1,
     )  # fmt: skip
-
-
-def test_an_epochs_summary_is_the_exact_coverage_of_its_checkpoint(cross_entropy_run):
-    out, _ = cross_entropy_run
-    model = transformers.AutoModelForCausalLM.from_pretrained(out / "epoch-2")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "epoch-2")
-    rows = read_lines(ROOT / "examples/arithmetic/test.jsonl")
-    with torch.no_grad():
-        p = torch.stack([plain_log_prob(model, tokenizer, row)[0] for row in rows]).exp()
-    summary = read_lines(out / "epochs.jsonl")[1]
-    for n in (1, 16, 256, 4096):
-        assert summary[f"pass@{n}"] == pytest.approx((1 - (1 - p) ** n).mean().item(), abs=1e-6)
-    assert 0 < summary["greedy_confidence"] < 1
 
 
 # ---- Arguments
@@ -264,4 +238,4 @@ def test_a_run_that_diverges_ends_with_a_plain_message(n, small_data, tmp_path, 
     flags = ["--n-prime", n, "--lr", "1e6", "--warmup-steps", "0", "--checkpoint-at", "0.05"]
     flags += ["--data", str(small_data), "--out", str(out)]
     assert "diverged" in refused(capsys, train_direct.main, flags)
-    assert weights(out / "epoch-0.05"), "a checkpoint made before stays"
+    assert (out / "epoch-0.05/model.safetensors").exists(), "a checkpoint made before stays"
