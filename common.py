@@ -256,7 +256,7 @@ def load_from_hub(name, split, required):
         splits = datasets.load_dataset(name)
     except Exception as error:
         fail(f"{name} is no folder or file, and not to be loaded from the hub ({error})")
-    if split not in splits and (len(splits) > 1 or split == "train"):
+    if split not in splits and (len(splits) > 1 or split == "train" or not required):
         return fail(f"{name} has the splits {sorted(splits)}, not {split}") if required else []
     rows = splits[split] if split in splits else next(iter(splits.values()))  # AIME24: one split
     return [(f"{name}/{split}:{i}", row) for i, row in enumerate(rows, start=1)]
