@@ -256,7 +256,7 @@ def load_from_hub(name, split, required):
         splits = datasets.load_dataset(name)
     except Exception as error:
         fail(f"{name} is no folder or file, and not to be loaded from the hub ({error})")
-    if split not in splits and (len(splits) > 1 or split == "train"):
+    if split not in splits and (len(splits) > 1 or split == "train" or not required):
         return fail(f"{name} has the splits {sorted(splits)}, not {split}") if required else []
     rows = splits[split] if split in splits else next(iter(splits.values()))  # AIME24: one split
     return [(f"{name}/{split}:{i}", row) for i, row in enumerate(rows, start=1)]
@@ -479,7 +479,11 @@ def load_tokenizer(model):
     transformers.logging.disable_progress_bar()
     if not Path(model).is_dir() and not re.fullmatch(r"[^./~][^/]*/[^/]*", model):
         fail(f"{model}: there is no such folder")
-    tokenizer = from_pretrained(transformers.AutoTokenizer, model)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        fail(f"{model} cannot be loaded: {reason} (offline? gated: run `hf auth login`)")
     if tokenizer.eos_token_id is None:
         fail(f"{model}: the tokenizer has no end-of-sequence token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # only sampling pads
@@ -488,19 +492,11 @@ def load_tokenizer(model):
 
 def load_config(model):
     """With dropout off: p must be that of the model that is sampled, in every forward of a step."""
-    config = from_pretrained(transformers.AutoConfig, model)
+    config = transformers.AutoConfig.from_pretrained(model)
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
-
-
-def from_pretrained(kind, model, **settings):
-    try:
-        return kind.from_pretrained(model, **settings)
-    except (OSError, ValueError) as error:
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        fail(f"{model} cannot be loaded: {first_line} (offline? gated: run `hf auth login`)")
 
 
 def load_model(model, tokenizer, dtype=torch.float32, seed=0, accelerator=None):
@@ -515,8 +511,9 @@ def load_model(model, tokenizer, dtype=torch.float32, seed=0, accelerator=None):
         if plugin:
             plugin.set_deepspeed_weakref()
     else:
-        settings = {"config": config, "dtype": dtype, "use_safetensors": True}
-        loaded = from_pretrained(transformers.AutoModelForCausalLM, model, **settings)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            model, config=config, dtype=dtype, use_safetensors=True
+        )
     loaded.generation_config = transformers.GenerationConfig(  # sampling from p̂, not its top 50
         do_sample=True,
         top_k=0,
@@ -538,7 +535,7 @@ def prepare_training(args, tokenizer, accelerator):
     return accelerator.prepare(model, torch.optim.AdamW(model.parameters(), **settings))
 
 
-def log_probs(model, examples):
+def log_probs(model, examples, temperature=1.0):
     """Return log p̂(y|x) of each example's completion, end-of-sequence token included: float32 [B].
 
     Nothing is padded: the examples stand one after the other in one row [1, T]. Position ids start
@@ -564,6 +561,8 @@ def log_probs(model, examples):
         use_cache=False,
     )
     logits = output.logits[0].float()
+    if temperature != 1:
+        logits = logits / temperature
     chosen = logits.gather(-1, token_ids[predicting + 1, None]).squeeze(-1)
     token_log_probs = chosen - logits.logsumexp(-1)
     return token_log_probs.new_zeros(len(examples)).index_add(0, owner, token_log_probs)
@@ -581,7 +580,7 @@ def check_packing(accelerator, model, examples):
         fail(f"this architecture mixes packed examples: log p {packed} packed, {alone} alone")
 
 
-def gathered_log_probs(accelerator, model, examples, grad=False):
+def gathered_log_probs(accelerator, model, examples, grad=False, temperature=1.0):
     """log p̂ of the examples of one round, dealt out to the processes.
 
     Returns (this process's share with its graph, for `backward`; all, in order and detached).
@@ -591,7 +590,7 @@ def gathered_log_probs(accelerator, model, examples, grad=False):
     firsts = range(0, len(examples), world)
     share = [examples[min(first + rank, len(examples) - 1)] for first in firsts]
     with accelerator.no_sync(model), torch.set_grad_enabled(grad):
-        mine = log_probs(model, share)
+        mine = log_probs(model, share, temperature)
     everyone = accelerator.gather(mine.detach()).view(world, -1).T.reshape(-1)[: len(examples)]
     if not everyone.isfinite().all():
         fail("log p of an example is not finite: training diverged. Try a lower --lr or --clip")
@@ -613,13 +612,14 @@ def backward(accelerator, model, mine, weights, last):
         accelerator.backward(loss)
 
 
-def score(accelerator, model, examples, tokens):
+def score(accelerator, model, examples, tokens, temperature=1.0):
     """log p̂ of any number of examples, without gradients: float32 [n]. tokens: see make_rounds."""
     log_p = {}
     world = accelerator.num_processes
     for ids in make_rounds(range(len(examples)), lambda i: len(examples[i]), world, tokens):
         raise_if_stopped(accelerator)
-        _, values = gathered_log_probs(accelerator, model, [examples[i] for i in ids])
+        batch = [examples[i] for i in ids]
+        _, values = gathered_log_probs(accelerator, model, batch, temperature=temperature)
         log_p.update(zip(ids, values, strict=True))
     return torch.stack([log_p[i] for i in range(len(examples))])
 
