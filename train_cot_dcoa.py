@@ -222,8 +222,8 @@ def main(argv=None):
 
     # -------- training loop
     with common.Run(args, accelerator, model, tokenizer, refill, record) as run:
-        grader = common.Grader(min(os.cpu_count(), 8)) if accelerator.is_main_process else None
         if args.n_prime > 1 or test:
+            grader = common.Grader(min(os.cpu_count(), 8)) if accelerator.is_main_process else None
             sampler = common.make_sampler(args, accelerator, args.model, tokenizer, longest, model)
         for epoch in range(max(refill.epoch, 1), args.epochs + 1):
             if refill.epoch < epoch:  # a resumed run may be within it, or even at its end
