@@ -102,7 +102,6 @@ def test_a_prompt_may_hold_other_braces(tokenizer, config):
 
 # ---- Templates
 
-
 R1 = "2 </think> so <answer> 4 </answer>"
 
 
@@ -112,7 +111,6 @@ R1 = "2 </think> so <answer> 4 </answer>"
         ("cot", "so \\boxed{1}, or \\boxed{\\frac{1}{2}} it is", "\\frac{1}{2}"),
         ("cot", "\\boxed{ {a} \\{ }} }", "{a} \\{ }"),
         ("cot", "\\boxed{1", None),
-        ("cot", "\\boxed{}", None),
         ("r1", R1, "4"),
         ("r1-short", R1 + ".", "4"),
         ("r1", R1.replace("</think>", ""), None),
