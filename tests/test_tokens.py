@@ -188,7 +188,10 @@ def test_packed_log_probs_and_gradients_are_those_of_each_example_alone(architec
 
 @pytest.mark.parametrize("architecture", MIXING)
 def test_an_architecture_that_mixes_packed_examples_is_refused(architecture, examples, capsys):
-    arguments = common.make_accelerator(), make_model(architecture), examples[:2]
+    model = make_model(architecture)
+    if architecture == "Mamba":  # its state is known to mix, even where no difference shows
+        model.get_output_embeddings().weight.data.zero_()
+    arguments = common.make_accelerator(), model, examples[:2]
     assert "packed" in refused(capsys, common.check_packing, *arguments)
 
 
