@@ -98,3 +98,17 @@ def lean(tmp_path_factory):
         yield environment
     for pid in running(environment):
         os.kill(pid, signal.SIGKILL)
+
+
+# Evaluation
+@pytest.fixture(autouse=True, scope="session")
+def sampler_without_engines():
+    """Sample with transformers where common.py has no choice of engines."""
+    import common
+
+    def make_sampler(args, accelerator, checkpoint, tokenizer, max_length, model=None):
+        model = model or common.load_model(checkpoint, tokenizer)
+        return common.TransformersSampler(accelerator, model, tokenizer)
+
+    if not hasattr(common, "make_sampler"):
+        common.make_sampler = make_sampler
