@@ -1,310 +1,273 @@
-"""Fine-tune a model on direct answers with cross-entropy or with Direct Coverage Optimization (§4, §5.1, §5.2).
+"""Fine-tune on direct answers with cross-entropy or Direct Coverage Optimization (§4, §5.1, §5.2).
 
-    python train_direct.py --n-prime 64                         # one process: without a GPU, the embedded model
-    accelerate launch train_direct.py --n-prime 64              # the 8 GPUs of a node
-    accelerate launch --num_machines 2 --num_processes 16 --machine_rank 0 --main_process_ip HOST \\
-        --main_process_port 29500 train_direct.py --n-prime 64  # two nodes; --machine_rank 1 on the second one
+    python train_direct.py --n-prime 64               # laptop: the embedded model and data
+    accelerate launch train_direct.py --n-prime 64    # 8 GPUs: Llama-3-8B on MATH, as in the paper
+    accelerate launch --num_machines 2 --num_processes 16 ... train_direct.py --n-prime 64
 
-It minimises, over the problems x with answers y of the training split,
+Loss, over problems x with answers y (Eq. 3, 4):
 
-    ℓ_DCO^N'(x, y) = -log(1 - (1 - p)^N'),   p = p̂(y|x),   whose gradient is   F(N', p) ∇(-log p)           (Eq. 3, 4)
+    ℓ_DCO^N'(x, y) = -log(1 - (1 - p)^N'),   p = p̂(y|x),   with gradient   F(N', p) ∇(-log p)
 
---n-prime 1 is cross-entropy. An example with F < --factor-threshold is replaced by the next one of the stream, so
-that each step averages over --batch-size examples that matter. In --out it writes args.json, metrics.jsonl (a line a
-step), epochs.jsonl (a line an epoch) and epoch-<k>/, an ordinary Hugging Face checkpoint, for `eval_passn.py`.
+--n-prime 1 is cross-entropy. Examples with F < --factor-threshold are replaced by the next ones of
+the stream, so that every step averages over --batch-size examples that matter. Writes to --out:
+args.json, metrics.jsonl (one line per step), epochs.jsonl, epoch-<k>/ (Hugging Face checkpoints
+for eval_passn.py) and state/ (for --resume).
 """
 
 import argparse
 import math
-import os
 import time
 from pathlib import Path
 
-# The settings of the embedded experiment, which take the place of the paper's when the model is one of examples/.
-# Its models start from random weights and are small: they want a larger rate, more epochs and a smaller batch.
-EXAMPLE_SETTINGS = {
-    "epochs": 24,
-    "batch_size": 32,
-    "micro_batch_size": 32,
-    "lr": 3e-3,
-    "warmup_steps": 50,
-    "betas": (0.9, 0.98),
-    "weight_decay": 0.01,
-    "nll": "mean",
+import torch
+from tqdm import tqdm
+
+import common
+
+PRESETS = {
+    "paper": {  # App. B
+        "model": "meta-llama/Meta-Llama-3-8B",
+        "data": "nlile/hendrycks-MATH-benchmark",
+        "epochs": 4,
+        "batch_size": 64,
+        "micro_batch_tokens": 4096,
+        "lr": 2e-5,
+        "warmup_steps": 20,
+        "betas": (0.9, 0.999),
+        "weight_decay": 0.0,
+    },
+    "laptop": {  # a small model trained from scratch
+        "model": "examples/tiny_llama",
+        "data": "examples/arithmetic",
+        "epochs": 24,
+        "batch_size": 32,
+        "micro_batch_tokens": 512,
+        "lr": 3e-3,
+        "warmup_steps": 50,
+        "betas": (0.9, 0.98),
+        "weight_decay": 0.01,
+    },
 }
+POSITIVE = ("epochs", "batch_size", "micro_batch_tokens", "lr", "clip", "save_every", "max_steps")
 
 
-def parse_arguments(argv=None, settings=None):
-    """argparse and the checks that need nothing but the arguments. settings: defaults in place of the paper's."""
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--flag VALUE ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = parser.add_argument_group("what is trained on what")
-    what.add_argument("--model", help="folder or hub name (paper: meta-llama/Meta-Llama-3-8B, and 70B)")
-    what.add_argument("--data", help="folder with train.jsonl and test.jsonl, or hub name (paper: MATH, 12,000/500)")
-    what.add_argument("--template", default="direct", choices=["direct", "cot", "r1", "r1-short"], help="paper: direct")
-    what.add_argument("--seed", type=int, default=0, help="order of the examples, and weights made from scratch")
-    loss = parser.add_argument_group("the loss")
-    loss.add_argument("--n-prime", type=float, default=256, help="N' (paper: 1 = cross-entropy, 16, 64, 256, ...)")
-    loss.add_argument(
-        "--factor-threshold", type=float, default=0.3, help="replace examples with F below it (paper: 0.3)"
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="default: paper with a GPU, laptop without")
+    # model and data
+    add("--model", help="folder or hub name")
+    add("--data", help="folder with train.jsonl and test.jsonl, or hub name")
+    add("--template", default="direct", choices=["direct", "cot", "r1", "r1-short"])
+    add("--prompt", help="instead of the template's, with {problem} in it")
+    add("--seed", type=int, default=0, help="order of the examples, weights from scratch")
+    # loss
+    add("--n-prime", type=float, default=256, help="N' (paper: 1, 256, 4096)")
+    add("--factor-threshold", type=float, default=0.3, help="replace F below it (paper: 0.3)")
+    add(
+        "--nll",
+        default="sum",
+        choices=["sum", "mean"],
+        help="over the answer's tokens (Eq. 4: sum)",
     )
-    loss.add_argument("--nll", default="sum", choices=["sum", "mean"], help="over the answer's tokens (Eq. 4: sum)")
-    how = parser.add_argument_group("optimization")
-    how.add_argument("--epochs", type=int, default=4, help="passes over the data (paper: 4)")
-    how.add_argument("--max-steps", type=int, help="stop after this many steps")
-    how.add_argument("--batch-size", type=int, default=64, help="accepted examples a step, all processes (paper: 64)")
-    how.add_argument("--micro-batch-size", type=int, default=8, help="examples a process computes at once")
-    how.add_argument("--lr", type=float, default=2e-5, help="AdamW's, constant after the warm-up (paper: 2e-5)")
-    how.add_argument("--warmup-steps", type=int, default=20, help="linear (paper: 20)")
-    how.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW's")
-    how.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's")
-    how.add_argument("--clip", type=float, default=1.0, help="largest norm of a step's gradient")
-    how.add_argument("--zero", type=int, choices=[0, 2, 3], help="DeepSpeed ZeRO (default: 0, several GPUs 2 or 3)")
-    how.add_argument("--offload", action="store_true", help="with ZeRO-3: optimizer states in the main memory")
-    how.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more computing")
-    where = parser.add_argument_group("what is written")
-    where.add_argument("--out", type=Path, help="default: runs/direct-n<N'>")
-    where.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
-    where.add_argument("--resume", action="store_true", help="go on with the run that --out holds, if it holds one")
-    where.add_argument("--save-every", type=int, default=100, help="steps from a state for --resume to the next")
-    where.add_argument("--grace", type=float, default=20, help="seconds that a step may take after SIGTERM or Ctrl-C")
-    where.add_argument("--patience", type=float, default=60, help="minutes to wait for other processes or an engine")
-    where.add_argument("--dry-run", nargs="?", const="here", metavar="8x80", help="say what it would take, and stop")
-    where.add_argument("--report-to", default="none", choices=["none", "tensorboard", "wandb"])
-    where.add_argument(
-        "--checkpoint-at",
-        type=float,
-        nargs="+",
-        default=[],
-        metavar="SHARE",
-        help="also save at these shares of the first epoch, with the ids seen by then (Figure 5: 0.11 0.86)",
+    # optimization
+    add("--epochs", type=int, help="passes over the data (paper: 4)")
+    add("--max-steps", type=int, help="stop after this many steps")
+    add("--batch-size", type=int, help="accepted examples per step, all processes (paper: 64)")
+    add("--micro-batch-tokens", type=int, help="most tokens per process and forward")
+    add("--lr", type=float, help="AdamW, constant after the warm-up (paper: 2e-5)")
+    add("--warmup-steps", type=int, help="linear (paper: 20)")
+    add("--betas", type=float, nargs=2, help="AdamW")
+    add("--weight-decay", type=float, help="AdamW")
+    add("--clip", type=float, default=1.0, help="maximum gradient norm")
+    # systems
+    add(
+        "--zero", type=int, choices=[0, 2, 3], help="DeepSpeed (default: 2 on several GPUs, else 0)"
     )
-    parser.set_defaults(**settings or {})
+    add("--offload", action="store_true", help="with --zero: optimizer states in CPU memory")
+    add("--gradient-checkpointing", action="store_true", help="less memory, a third more computing")
+    # output
+    add("--out", type=Path, help="default: runs/direct-n<N'>")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--resume", action="store_true", help="continue the run in --out, if there is one")
+    add("--save-every", type=int, default=100, help="steps between states for --resume")
+    add("--checkpoint-at", type=float, nargs="+", default=[], metavar="SHARE",
+        help="also save at these shares of the first epoch (Figure 5: 0.11 0.86)")  # fmt: skip
+    add("--report-to", default="none", choices=["none", "tensorboard", "wandb"])
     args = parser.parse_args(argv)
     if not 1 <= args.n_prime < math.inf:
-        parser.error(f"--n-prime must be a number from 1 up, not {args.n_prime}")
+        parser.error("--n-prime must be at least 1")
     if not 0 <= args.factor_threshold < 1:
-        parser.error(f"--factor-threshold is a value of F and must lie in [0, 1), not {args.factor_threshold}")
-    positive = ("epochs", "max_steps", "batch_size", "micro_batch_size", "lr", "clip", "save_every", "patience")
-    for name in positive:
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+        parser.error("--factor-threshold is a value of F and must lie in [0, 1)")
     if not all(0 < share < 1 for share in args.checkpoint_at):
-        parser.error(f"--checkpoint-at takes shares of the first epoch, in (0, 1), not {args.checkpoint_at}")
-    if not all(0 <= beta < 1 for beta in args.betas) or args.weight_decay < 0:
-        parser.error(f"--betas must lie in [0, 1) and --weight-decay be 0 or more: {args.betas}, {args.weight_decay}")
+        parser.error("--checkpoint-at takes shares in (0, 1)")
+    if "{problem}" not in (args.prompt or "{problem}"):
+        parser.error("--prompt must contain {problem}")
+    for name in POSITIVE:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive")
     args.out = args.out or Path(f"runs/direct-n{args.n_prime:.15g}")
+    args.preset = args.preset or ("paper" if torch.cuda.is_available() else "laptop")
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
+    args = parse_args(argv)
 
-    import torch  # the heavy imports come after the arguments, so that --help and a typo are answered at once
-    from tqdm import tqdm
-
-    import common
-
-    model_name, data_name = common.defaults_for_this_machine(args.model, args.data)
-    if common.is_example(model_name):
-        args = parse_arguments(argv, EXAMPLE_SETTINGS)
-    args.model, args.data = model_name, data_name
-
-    # Whatever can be refused is refused here, before any weights are loaded.
+    # -------- data, model, optimizer
     common.check_out(args)
-    rows = {"train": common.load_problems(args.data, "train"), "test": common.load_problems(args.data, "test", False)}
-    tokenizer = common.load_tokenizer(args.model)
-    max_length = common.longest_context(args.model)
-    examples, dropped = {}, {}
-    for split in rows:
-        examples[split], dropped[split] = common.encode(rows[split], tokenizer, args.template, max_length)
-    if not examples["train"]:
-        common.refuse(
-            f"--data {args.data}: no problem is left; dropped: {dropped['train']} (of {max_length} positions)"
-        )
-    common.plan_memory(args, examples["train"], args.epochs + len(args.checkpoint_at), scored=4)
-    lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in examples["train"]]
-    common.check_resume(args, examples["train"])
-    how = (args.zero, args.clip, args.micro_batch_size, args.patience, args.offload)
-    accelerator = common.make_accelerator(args.report_to, args.out, *how)
-    processes, pad_id = accelerator.num_processes, common.pad_token_id(tokenizer)
-
-    model, optimizer, about_model = common.prepare_training(args, tokenizer, accelerator)
-
-    # What a checkpoint has to say about itself, for evaluation: the longest answer of the data fits into a sample.
-    max_new_tokens = max(len(example.completion_ids) for part in examples.values() for example in part)
-    record = {
-        "template": args.template,
-        "max_new_tokens": max_new_tokens if args.template == "direct" else min(max_new_tokens, 1024),
-        "n_prime": args.n_prime,
-        "data": os.path.abspath(args.data) if os.path.exists(args.data) else args.data,
-        "base": common.base_of(args.model),
-    }
-
-    loss_name = (
-        "cross-entropy" if args.n_prime == 1 else f"DCO with N' = {args.n_prime:g}, F >= {args.factor_threshold}"
+    tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
+    rows = common.load_problems(args.data, "train")
+    train, dropped = common.encode(rows, tokenizer, config, args.template, args.prompt)
+    rows = common.load_problems(args.data, "test", required=False)
+    test, _ = common.encode(rows, tokenizer, config, args.template, args.prompt)
+    if not train:
+        common.fail(f"--data {args.data}: no usable examples (dropped: {dropped})")
+    accelerator = common.make_accelerator(
+        args.zero, args.clip, args.offload, args.report_to, args.out
     )
-    common.begin_run(
-        args,
-        accelerator,
-        f"{loss_name}, NLL {args.nll} over the tokens",
-        about_model,
-        f"{len(examples['train']):,} to train on (dropped: {dropped['train'] or 'none'}), "
-        f"{len(examples['test']):,} to test (dropped: {dropped['test'] or 'none'}), template {args.template}",
-        f"{args.batch_size} accepted examples",
-        f"{args.micro_batch_size}",
+    model, optimizer = common.prepare_training(args, tokenizer, accelerator)
+    common.check_packing(accelerator, model, train[:2])
+    accelerator.print(
+        f"preset {args.preset}: {args.model} on {args.data}, {len(train):,} train (dropped: "
+        f"{dropped or 'none'}), {len(test):,} test; N' = {args.n_prime:g}, lr {args.lr:g}, "
+        f"batch {args.batch_size}, {args.epochs} epochs, {accelerator.num_processes} processes "
+        f"({accelerator.distributed_type.value}), output in {args.out}"
     )
+
+    # -------- one micro-batch: F(N', p) of each candidate, and its weighted gradient
+    def forward(ids):
+        examples = [train[i] for i in ids]
+        mine, log_p = common.gathered_log_probs(accelerator, model, examples, grad=True)
+        factor = common.dco_factor(log_p, args.n_prime)
+
+        def backward(weights, last):
+            weights = weights.to(factor) * factor
+            if args.nll == "mean":
+                weights /= torch.tensor([len(e.completion_ids) for e in examples]).to(factor)
+            common.backward(accelerator, model, mine, weights, last)
+
+        return torch.stack([log_p, factor], dim=1), backward
+
+    def score(ids):
+        examples = [train[i] for i in ids]
+        log_p = common.score(accelerator, model, examples, args.micro_batch_tokens)
+        return torch.stack([log_p, common.dco_factor(log_p, args.n_prime)], dim=1)
 
     def accept(values):
         return values[:, 1] >= args.factor_threshold
 
-    def with_factor(log_p):
-        return torch.stack([log_p, common.dco_factor(log_p, args.n_prime)], 1)
-
-    def log_probs(ids):
-        """-> log p of this process's share of the examples, with the graph; log p and F of all, in stream order."""
-        share = common.split_evenly([examples["train"][i] for i in ids], accelerator)
-        mine = common.completion_log_probs(model, common.collate(share, pad_id, accelerator.device))
-        log_p = common.gather_in_order(mine, len(ids), accelerator)
-        if not log_p.isfinite().all():  # F of a NaN is below no threshold: the run would go on without any step
-            stop(f"log p of a candidate is {log_p[~log_p.isfinite()][0].item()}")
-        return mine, with_factor(log_p)  # [share], [n, 2]
-
-    def stop(why):
-        progress.close()
-        common.refuse(
-            f"step {step + 1}: {why}; stopped. Last checkpoint: {last_checkpoint}. A lower --lr or --clip may help"
+    def rounds(ids):
+        return common.make_rounds(
+            ids,
+            length=lambda i: len(train[i]),
+            processes=accelerator.num_processes,
+            tokens=args.micro_batch_tokens,
         )
 
-    def score(ids):
-        with torch.no_grad():
-            return log_probs(ids)[1]
-
-    def train(ids, room, count, chosen):
-        """One micro-batch a process: adds the gradient of 1/count Σ F(N', p) · NLL, over `ids` if they are chosen
-        already, else over the first `room` of them that are accepted."""
-        with accelerator.no_sync(model):
-            mine, values = log_probs(ids)
-        used = torch.ones(len(ids), dtype=torch.bool, device=mine.device) if chosen else accept(values)
-        used &= used.cumsum(0) <= room
-        if used.any():
-            weight = values[:, 1] * used
-            if args.nll == "mean":
-                weight = weight / torch.tensor(
-                    [len(examples["train"][i].completion_ids) for i in ids], device=weight.device
-                )
-            # The share's last item may be a repetition, there for equal work only: it counts for nothing.
-            share = torch.zeros_like(mine)
-            own = weight[accelerator.process_index :: processes]
-            share[: len(own)] = own
-            # Gradients are averaged over the processes, hence the factor.
-            loss = (share * -mine).sum() * processes / count
-            common.backward(accelerator, model, loss, last=bool(used.sum() == room))
-        return values
-
+    # -------- batch refill: a step is the first batch_size candidates with F >= threshold
     refill = common.Refill(
-        len(examples["train"]),
-        args.batch_size,
-        accept if args.n_prime > 1 and args.factor_threshold > 0 else None,  # F is never under 0, nor CE's under 1
-        args.seed,
-        processes,
-        args.micro_batch_size,
-        backward_cost=4 if args.gradient_checkpointing else 3,
-        lengths=lengths,
-        tokens=args.tokens_that_fit,
+        size=len(train),
+        batch_size=args.batch_size,
+        accept=accept,
+        rounds=rounds,
+        seed=args.seed,
+        straight_above=3 / 4 if args.gradient_checkpointing else 2 / 3,
+        processes=accelerator.num_processes,
     )
-    state = common.TrainingState(args, accelerator, refill)
-    step, clipped, last_checkpoint = state.restore()
-    checkpoint_at = [share for share in sorted(args.checkpoint_at) if refill.position < share * len(examples["train"])]
+    longest = max(len(example.completion_ids) for example in [*train, *test])
+    record = {  # what evaluation reads from a checkpoint
+        "template": args.template,
+        "prompt": args.prompt,
+        "max_new_tokens": longest if args.template == "direct" else min(longest, 1024),
+        "n_prime": args.n_prime,
+        "data": str(Path(args.data).resolve()) if Path(args.data).exists() else args.data,
+    }
 
-    def save(name, **more):
-        nonlocal last_checkpoint
-        last_checkpoint = args.out / name
-        common.save_checkpoint(accelerator, model, tokenizer, last_checkpoint, record | {"step": step} | more)
+    # -------- training loop
+    with common.Run(args, accelerator, model, tokenizer, refill, record) as run:
+        progress = tqdm(
+            total=args.epochs * len(train),
+            unit="candidate",
+            disable=not accelerator.is_local_main_process,
+            mininterval=1,
+        )
+        shares = [s for s in sorted(args.checkpoint_at) if refill.position < s * len(train)]
+        for epoch in range(max(refill.epoch, 1), args.epochs + 1):
+            if refill.epoch < epoch:  # a resumed run may be within it, or even at its end
+                refill.start_epoch()
+            epoch_started = time.perf_counter()
+            while run.step != args.max_steps:
+                started = time.perf_counter()
+                lr = args.lr * min(1, (run.step + 1) / max(args.warmup_steps, 1))
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                step = run.next_step(score, forward)
+                if step is None:
+                    break
+                grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.clip))
+                if not math.isfinite(grad_norm):
+                    common.fail(f"step {run.step + 1}: the gradient norm is {grad_norm}")
+                optimizer.step()
+                optimizer.zero_grad()
 
-    def save_shares_of_first_epoch():
-        while refill.epoch == 1 and checkpoint_at and refill.position >= checkpoint_at[0] * len(refill.order):
-            seen_ids = [examples["train"][i].id for i in refill.order[: refill.position]]
-            save(f"epoch-{checkpoint_at.pop(0):g}", epoch=1, seen_ids=seen_ids)
+                run.step, run.clipped = run.step + 1, run.clipped + (grad_norm > args.clip)
+                log_p, factor = step.values.T
+                used = accept(step.values)
+                seconds = time.perf_counter() - started
+                metrics = {
+                    "step": run.step,
+                    "epoch": epoch,
+                    "loss": common.dco_loss(log_p[used], args.n_prime).mean().item(),
+                    "accepted": len(step.ids),
+                    "candidates": len(step.seen),
+                    "mean_factor": factor.mean().item(),
+                    "mean_p": log_p.exp().mean().item(),
+                    "mean_ce": -log_p.mean().item(),
+                    "lr": lr,
+                    "grad_norm": grad_norm,
+                    "clipped_share": run.clipped / run.step,
+                    "seconds": seconds,
+                    "tokens_per_second": sum(len(train[i]) for i in step.seen) / seconds,
+                    "ids": [train[i].id for i in step.ids],
+                }
+                accept_rate = len(step.ids) / len(step.seen)
+                progress.set_postfix(
+                    loss=f"{metrics['loss']:.3f}", accept=f"{accept_rate:.2f}", refresh=False
+                )
+                progress.update((epoch - 1) * len(train) + refill.position - progress.n)
+                while epoch == 1 and shares and refill.position >= shares[0] * len(train):
+                    seen_ids = [train[i].id for i in refill.order[: refill.position]]
+                    run.save_checkpoint(f"epoch-{shares.pop(0):g}", seen_ids=seen_ids)
+                run.end_step(metrics)
 
-    progress = tqdm(
-        total=args.epochs * len(examples["train"]),
-        unit="candidate",
-        disable=not accelerator.is_local_main_process,
-        mininterval=1,
-    )
-    for epoch in state.epochs():
-        epoch_started = time.perf_counter()
-        while args.max_steps is None or step < args.max_steps:
-            step_started = time.perf_counter()
-            lr = args.lr * min(1, (step + 1) / max(args.warmup_steps, 1))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            done = refill.next_step(score, train, lambda: common.discard_gradients(accelerator, optimizer))
-            if done is None:
+            # -------- end of an epoch, or of --max-steps
+            finished = refill.position == len(refill.order)
+            run.save_checkpoint(f"epoch-{epoch}" if finished else f"step-{run.step}")
+            summary = {"epoch": epoch, "step": run.step}
+            if test and args.template == "direct":  # p of a solution is not p of its answer
+                summary |= common.evaluate_exactly(
+                    accelerator,
+                    model,
+                    tokenizer,
+                    test,
+                    max_new_tokens=longest,
+                    tokens=args.micro_batch_tokens,
+                    ns=(1, 16, 256, 4096),
+                )
+            summary["seconds"] = time.perf_counter() - epoch_started
+            run.log("epochs.jsonl", summary)
+            shown = "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if "pass@" in k)
+            progress.write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
+            if run.step == args.max_steps:
                 break
-            grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.clip))
-            log_p, factor = done.values.T.contiguous()
-            used = accept(done.values) if refill.accept else torch.ones_like(log_p, dtype=torch.bool)
-            loss = common.dco_loss(log_p[used], args.n_prime).mean().item()
-            if not math.isfinite(grad_norm):
-                stop(f"the gradient's norm is {grad_norm} at a loss of {loss}")
-            optimizer.step()
-            optimizer.zero_grad()
-
-            step, clipped = step + 1, clipped + (grad_norm > args.clip)
-            seconds = time.perf_counter() - step_started
-            seen = refill.order[refill.position - done.candidates : refill.position]
-            metrics = {
-                "step": step,
-                "epoch": epoch,
-                "loss": loss,
-                "accepted": len(done.ids),
-                "candidates": done.candidates,
-                "mean_factor": factor.mean().item(),
-                "mean_p": log_p.exp().mean().item(),
-                "mean_ce": -log_p.mean().item(),
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "clipped_share": clipped / step,
-                "seconds": seconds,
-                "tokens_per_second": sum(len(examples["train"][i]) for i in seen) / seconds,
-                "ids": [examples["train"][i].id for i in done.ids],
-            }
-            if accelerator.is_main_process:
-                common.append_json(args.out / "metrics.jsonl", metrics)
-            accelerator.log({name: value for name, value in metrics.items() if name != "ids"}, step=step)
-            progress.set_postfix(
-                loss=f"{loss:.3f}",
-                accept=f"{len(done.ids) / done.candidates:.2f}",
-                F=f"{metrics['mean_factor']:.2f}",
-                refresh=False,
-            )
-            share_of_epoch = epoch - 1 + refill.position / len(refill.order)
-            progress.update(round(share_of_epoch * len(examples["train"])) - progress.n)
-            save_shares_of_first_epoch()
-            state.end_step(step, clipped, last_checkpoint)
-
-        finished = refill.position == len(refill.order)
-        save_shares_of_first_epoch()
-        state.end_epoch(step, clipped, last_checkpoint)
-        save(f"epoch-{epoch}" if finished else f"step-{step}", epoch=epoch)
-        measured = {}
-        if examples["test"] and args.template == "direct":  # p of a whole solution is not p of its answer
-            how = (accelerator, max_new_tokens, 8 * args.micro_batch_size, (1, 16, 256, 4096))
-            measured = common.exact_summary(model, tokenizer, examples["test"], *how)
-        common.end_epoch(args, accelerator, refill, step, epoch_started, measured)
-        if not finished or step == args.max_steps:
-            break
-    progress.close()
-    state.end_run()
-    more = "" if examples["test"] else " --data FOLDER"  # one with a test.jsonl
-    more += "" if args.template == "direct" else " --n 256"  # a whole solution's p says nothing of its answer's
-    accelerator.print(f"done. Measure and draw pass@N: python eval_passn.py {last_checkpoint}{more}")
-    common.end(accelerator)
+        progress.close()
+        accelerator.print(f"done. Measure and plot pass@N: python eval_passn.py {args.out}/epoch-*")
 
 
 if __name__ == "__main__":
