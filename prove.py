@@ -14,10 +14,10 @@ each distinct tactic is applied once, by a Lean process in a Ray worker. States 
 need not be equal, so only paths are merged. A pass counts if its path, replayed from the start in a
 fresh environment, proves the theorem without sorry, admit or native_decide.
 
-The time of a theorem (--time-limit) is that of its tactics and its share of sampling, not waiting.
-It is checked between blocks of --block passes, so that slow passes are not left out. Writes to
---out a JSON line per theorem and model as each ends (the same command continues there), prove.json
-and success.png, and prints the tables.
+The time of a theorem is that of its tactics and its share of sampling, not waiting, and is checked
+between blocks of passes. Writes to --out a JSON line per theorem and model as each ends (the same
+command continues there), prove.json, success.png and proofs.json (for train_lean_step.py --extra),
+and prints the tables.
 """
 
 import argparse
@@ -34,7 +34,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -64,10 +63,9 @@ UNTRUSTED = re.compile(
     r"\b(sorry\w*|admit|native_decide|bv_decide|ofReduce\w+|trustCompiler)\b"
     r"|\+\s*native|\bnative\s*:=|\x7f"
 )
-REQUEST_BYTES = 4000  # LeanDojo writes to a terminal, which takes no line of 4,096 bytes
 BROKEN = ("timeout", "crash")  # outcomes that say nothing about the tactic yet
 KINDS = {"TacticState": "open", "ProofFinished": "proved"}  # all else is an error
-MAY_CHANGE = ("model", "ensemble", "baseline", "workers", "engine", "preset", "out", "save_proofs")
+MAY_CHANGE = ("model", "ensemble", "baseline", "workers", "engine", "preset", "out")
 
 
 def parse_args(argv=None):
@@ -97,7 +95,6 @@ def parse_args(argv=None):
     add("--engine", choices=["vllm", "transformers"])
     # output
     add("--out", type=Path, help="default: runs/prove-<folder>-<file> of the theorems")
-    add("--save-proofs", type=Path, metavar="FILE", help="for train_lean_step.py --extra")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if name != "seed" and type(value) in (int, float) and not 0 < value < math.inf:
@@ -109,8 +106,7 @@ def parse_args(argv=None):
     args.theorems, args.block = Path(args.theorems), min(args.block, args.passes)
     args.time_limit = args.time_limit or 5000 * args.passes / 4096
     args.ns = [n for n in (16, 64, 256, 1024, 4096) if n < args.passes] + [args.passes]
-    name = f"{args.theorems.absolute().parent.name}-{args.theorems.stem}"
-    args.out = args.out or Path(f"runs/prove-{name}")
+    args.out = args.out or Path(f"runs/prove-{args.theorems.parent.name}-{args.theorems.stem}")
     return args
 
 
@@ -121,14 +117,12 @@ def main(argv=None):
     models = sorted(args.model, key=lambda checkpoint: read_record(checkpoint)["n_prime"])
     runs = {checkpoint: (checkpoint, 1) for checkpoint in models}
     if args.baseline:
-        label = f"{args.baseline} ({len(models)} x the passes)"
-        runs[label] = args.baseline, len(models)
-    files = start_out(args, theorems, runs)
+        runs[f"{args.baseline} ({len(models)} x the passes)"] = args.baseline, len(models)
+    files = start_out(args, runs)
     print(f"{len(theorems):,} theorems, {json.dumps(vars(args), default=str)}", flush=True)
     for label, (checkpoint, times) in runs.items():
         status = {result["id"]: result["status"] for result in read_results(files[label])}
-        left = [theorem for theorem in theorems if theorem["id"] not in status]
-        left += [one for one in theorems if "not started" in status.get(one["id"], "")]  # again
+        left = [one for one in theorems if "not started" in status.get(one["id"], "not started")]
         if left:
             prove_all(args, checkpoint, times, left, files[label])
     report(args, {label: read_results(path) for label, path in files.items()}, theorems)
@@ -172,10 +166,9 @@ def read_record(checkpoint):
     return record
 
 
-def start_out(args, theorems, runs):
+def start_out(args, runs):
     """Return {label: file of results}. Refuse an --out with results of other settings."""
     settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
-    settings["theorems"] = common.seed_of([(one["id"], one["full_name"]) for one in theorems])
     files = {}
     for label, (checkpoint, _) in runs.items():
         files[label] = args.out / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', label).strip('-')}.jsonl"
@@ -196,8 +189,7 @@ def read_results(path):
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     results = [json.loads(line) for line in lines if line.endswith("\n")]
     results = list({result["id"]: result for result in results}.values())
-    if len(results) < len(lines):
-        common.write_whole(path, "".join(json.dumps(result) + "\n" for result in results))
+    common.write_whole(path, "".join(json.dumps(result) + "\n" for result in results))
     return sorted(results, key=lambda result: result["id"])
 
 
@@ -234,13 +226,13 @@ class Search:
     def run(self):
         """Return the theorem's line of results."""
         self.lean.events.clear()
-        ((kind, text, _),) = self.lean.do("first_state", self.theorem, [()])
+        ((kind, text, _),) = self.lean.do("enter", self.theorem, [()])
         if kind != "open":
             return self.result(f"not started: {text}")
         self.root.text = text
         for first in range(0, self.passes, self.args.block):
-            # A block that was begun is not dropped for being slow: that would leave out what takes
-            # long, such as long proofs. Only far beyond the limit is it given up.
+            # A block that was begun is not dropped: that would leave out what takes long, such as
+            # long proofs. Only far beyond the limit is it given up.
             if self.seconds.total() >= self.limit:
                 return self.result("timed out")
             if not self.run_block(min(self.args.block, self.passes - first)):
@@ -298,7 +290,7 @@ class Search:
             outcomes = self.lean.do("apply", self.theorem, calls)
             for place, (place.kind, place.text, place.seconds) in zip(part, outcomes, strict=True):
                 self.seconds["lean"] += place.seconds
-            self.counts["tactic_calls"] += len(part)
+            self.counts["calls"] += len(part)
 
     def result(self, status):
         """Replay the proofs, and return the theorem's line of results."""
@@ -327,7 +319,7 @@ class Search:
             "proof": proof,
             "unreplayable": len(self.proofs) - len(proofs),
             "steps": self.counts["steps"],  # tactics that passes taken one by one would apply
-            "tactic_calls": self.counts["tactic_calls"],
+            "tactic_calls": self.counts["calls"],
             "seconds": dict(self.seconds),
             "timeouts": self.lean.events["timeout"],
             "crashes": self.lean.events["crash"],
@@ -336,21 +328,17 @@ class Search:
 
 def is_refused(tactic, unproved=()):
     """Whether a tactic is not even tried: it would prove nothing, cite a theorem whose proof is
-    sorry (one of `unproved`), or not fit into a request to LeanDojo."""
+    sorry (one of `unproved`), or not fit into a line of a terminal (4,095 bytes), as LeanDojo's."""
     request = json.dumps({"sid": 10**6, "cmd": tactic}, ensure_ascii=False)
-    cited = set(unproved).intersection(re.findall(r"[\w.']+", tactic))
-    searches = bool(unproved) and "?" in tactic  # exact? may find one
-    too_long = len(request.encode(errors="replace")) > REQUEST_BYTES
-    return bool(UNTRUSTED.search(tactic) or cited or searches or too_long)
+    words = [*re.findall(r"[\w.']+", tactic), *re.findall(r"\?", tactic)]  # exact? may find one
+    cited = unproved and not {*unproved, "?"}.isdisjoint(words)
+    return bool(UNTRUSTED.search(tactic) or cited or len(request.encode(errors="replace")) > 4000)
 
 
 # ---- Lean, in Ray workers ------------------------------------------------------------------------
 class LeanWorker:
-    """A Ray actor with the environment of one theorem at a time.
-
-    It is told paths, never states: what it has lost, it replays. An environment that raised any
-    exception is thrown away.
-    """
+    """A Ray actor with the environment of one theorem at a time. It is told paths, never states:
+    what it has lost, it replays. An environment that raised any exception is thrown away."""
 
     def __init__(self, dojo, tactic_timeout, start_timeout, workers_here):
         # Lean runs in a terminal of this process. However the process ends, the terminal hangs up
@@ -366,36 +354,30 @@ class LeanWorker:
         self.repository = cache(getattr(self.module, "LeanGitRepo", tuple))  # it may ask GitHub
 
     def enter(self):
-        """Start a fresh environment of the theorem."""
+        """Start a fresh environment of the theorem. Returns ("open", text of the first state)."""
         self.leave()
         entry = self.theorem
         if hasattr(self.module, "Theorem"):  # LeanDojo; other environments get the record
-            repository = self.repository(entry["url"], entry["commit"])
-            path, name = Path(entry["file_path"]), entry["full_name"]
-            entry = self.module.Theorem(repository, path, name)
+            repository, path = self.repository(entry["url"], entry["commit"]), entry["file_path"]
+            entry = self.module.Theorem(repository, Path(path), entry["full_name"])
         self.manager = self.environment(entry, timeout=self.start_timeout)
         self.dojo, state = self.manager.__enter__()
         if hasattr(self.dojo, "proc"):  # LeanDojo has one time limit for the start and for tactics
             self.dojo.proc.timeout = self.tactic_timeout
             self.dojo.proc.delaybeforesend = None  # 50 ms before each tactic
         self.states = {(): state}
+        return "open", state.pp
 
     def leave(self):
         with suppress(Exception):  # there may be none, or it has failed before
             self.manager.__exit__(None, None, None)
-        with suppress(Exception):
             self.manager.proc.close()  # hangs up, for processes that have lost their parent
         self.manager, self.states = None, {}
 
-    def first_state(self):
-        self.enter()
-        return "open", self.states[()].pp
-
     def apply(self, path, tactic):
         """Return (kind, text of the state) of a tactic in the state at the end of `path`."""
-        if self.manager is None:
+        if self.manager is None:  # after a restart, which takes the path anew
             self.enter()
-        # After a restart, take the path anew.
         if path not in self.states and self.apply(path[:-1], path[-1])[0] != "open":
             raise RuntimeError(f"{path[-1]} gives another result after a restart")
         result = self.dojo.run_tac(self.states[path], tactic)
@@ -410,8 +392,7 @@ class LeanWorker:
         for i, tactic in enumerate(path):
             if path[:i] not in self.states and i > 0:
                 return "error", []
-            known = path[: i + 1] in self.states
-            kind = "open" if known else self.apply(path[:i], tactic)[0]
+            kind = "open" if path[: i + 1] in self.states else self.apply(path[:i], tactic)[0]
         return kind, [self.states[path[:i]].pp for i in range(len(path))]
 
     def do(self, method, theorem, items):
@@ -437,11 +418,10 @@ class LeanWorker:
 
 
 class Lean:
-    """The driver's end of a LeanWorker: replaces one that died or hangs, and tries what broke once
-    more, alone."""
+    """The driver's end of a LeanWorker: replaces one that died or did not answer for `patience`
+    seconds, and tries what broke once more, alone."""
 
     def __init__(self, ray, actor, settings, patience):
-        """actor: Ray's class. settings: of LeanWorker. patience: seconds to wait for an answer."""
         self.ray, self.actor, self.settings, self.patience = ray, actor, settings, patience
         self.worker, self.events = actor.remote(*settings), Counter()
 
@@ -454,8 +434,7 @@ class Lean:
             self.ray.kill(self.worker)
             self.worker, answered = self.actor.remote(*self.settings), False
             kind = "timeout" if isinstance(error, TimeoutError) else "crash"
-            why = f"no answer of the worker: {str(error).strip().splitlines()[-1]}"[:300]
-            answer = [(kind, why, time.perf_counter() - started)]
+            answer = [(kind, f"no answer: {error}"[:300], time.perf_counter() - started)]
         self.events[answer[-1][0]] += 1
         return answer, answered
 
@@ -486,20 +465,18 @@ class TacticSampler:
         self.max_new_tokens = record["max_new_tokens"]
         context = common.load_config(checkpoint).max_position_embeddings
         self.room = min(record["max_length"], context - self.max_new_tokens)  # for a state
-        length = self.room + self.max_new_tokens
         if args.engine == "vllm":
+            length = self.room + self.max_new_tokens
             self.sampler = common.VLLMEngines(
                 accelerator, checkpoint, tokenizer, length, args.out, memory=0.85
             )
         else:
-            dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-            model = common.load_model(checkpoint, tokenizer, dtype).to(accelerator.device)
+            model = common.load_model(checkpoint, tokenizer).to(accelerator.device)
             self.sampler = common.TransformersSampler(accelerator, model, tokenizer)
 
     def sample(self, requests):
         """requests: (text of a state, n, key for the seed). Returns for each (Counter of n tactics,
-        seconds). The tactic None did not end. A state that is too long loses its start: the goal
-        stands at its end."""
+        seconds). Long states lose their start: the goal stands at their end."""
         started, prompts = time.perf_counter(), []
         for text, _, _ in requests:
             ids = self.tokenizer(self.prompt.replace("{problem}", text)).input_ids
@@ -520,9 +497,7 @@ def prove_all(args, checkpoint, times, theorems, path):
     cores, nodes = int(ray.cluster_resources()["CPU"]), sum(one["Alive"] for one in ray.nodes())
     count = min(args.workers or cores, len(theorems))
     settings = args.dojo, args.tactic_timeout, args.start_timeout, math.ceil(count / nodes)
-    # Half a core each, so that the workers of a lost node find room on the others.
-    actor = ray.remote(LeanWorker)
-    actor = actor.options(num_cpus=min(1, cores / count) / 2, scheduling_strategy="SPREAD")
+    actor = ray.remote(LeanWorker).options(num_cpus=0, scheduling_strategy="SPREAD")
     patience = 30 + 2 * args.start_timeout + 8 * args.tactic_timeout
     crew = [Lean(ray, actor, settings, patience) for _ in range(count)]
     ray.get([lean.worker.__ray_ready__.remote() for lean in crew], timeout=900)
@@ -563,8 +538,7 @@ def prove_all(args, checkpoint, times, theorems, path):
         if requests:
             answers = iter(sampler.sample([one for _, part in requests for one in part]))
             for future, part in requests:
-                future.set_result(list(islice(answers, len(part))))
-    progress.close()
+                future.set_result([next(answers) for _ in part])
     with suppress(ray.exceptions.RayError):
         ray.get([lean.worker.leave.remote() for lean in crew], timeout=60)
     sampler.sampler.shut_down()
@@ -579,12 +553,11 @@ def paper(result, n):
 def unbiased(result, n):
     """Estimate pass@n without the bias of the time limit; a lower bound from fewer than n passes.
 
-    How many blocks a time limit admits depends on how long they take, and so perhaps on what they
+    How many blocks fit into the limit depends on how long they take, and so perhaps on what they
     prove: their plain average is biased. But the search ended with the first block after which the
-    time was over the limit. It would have ended after the same blocks in any order whose last block
-    is one of those without which the time was not over. These orders are equally likely, so the
-    average, over the possible last blocks, of the estimate from the others is unbiased: exactly for
-    pass@1, for pass@n as far as blocks are independent.
+    time was over, and so it would in any order of the blocks that ends with one without which it
+    was not over. These orders are equally likely, so the average, over the possible last blocks, of
+    the estimate from the others is unbiased: for pass@n as far as blocks are independent.
     """
     blocks = result["blocks"]
     passes, right = (sum(block[name] for block in blocks) for name in ("passes", "successes"))
@@ -625,7 +598,7 @@ def print_table(title, rows):
 
 
 def report(args, runs, theorems):
-    """Print the tables and write prove.json, success.png and the proofs. runs: {label: results}."""
+    """Print the tables, write prove.json, success.png and proofs.json. runs: {label: results}."""
     rates = estimate_all(args, runs, args.ns, paper)
     saved = {"paper": print_table("Theorems proved (%), 95 % intervals over theorems", rates)}
     first, *others = rates
@@ -638,23 +611,18 @@ def report(args, runs, theorems):
     if rows:
         saved["differences"] = print_table("Paired differences on the same theorems", rows)
     if any(result["status"] != "done" for one_run in runs.values() for result in one_run):
-        rates = estimate_all(args, runs, args.ns, unbiased)
         title = "Without the bias of the time limit (a lower bound where N passes were not made)"
-        saved["unbiased"] = print_table(title, rates)
+        saved["unbiased"] = print_table(title, estimate_all(args, runs, args.ns, unbiased))
     names = ("tactic_calls", "steps", "unfinished", "timeouts", "crashes", "unreplayable")
     for label, one_run in runs.items():
-        totals = {name: sum(result[name] for result in one_run) for name in names}
+        ends = Counter(result["status"] for result in one_run)
         proved = sum(result["successes"] > 0 for result in one_run)
-        print(f"\n{label}: proved {proved}, " + ", ".join(f"{k} {v:,}" for k, v in totals.items()))
-        for result in one_run:
-            if "not started" in result["status"]:
-                print(f"  {result['full_name']} {result['status']}")
+        totals = {name: sum(result[name] for result in one_run) for name in names}
+        print(f"\n{label}: proved {proved}; {dict(ends)}; {totals}")
     common.write_whole(args.out / "prove.json", json.dumps(saved, indent=1))
     curve = [2**i for i in range(args.passes.bit_length())]
     draw(estimate_all(args, runs, curve, paper), args.out / "success.png")
-    if args.save_proofs:
-        save_proofs(args.save_proofs, runs, theorems)
-    print(f"\nwrote {args.out}/prove.json, {args.out}/success.png {args.save_proofs or ''}")
+    save_proofs(args.out / "proofs.json", runs, theorems)
 
 
 def draw(rates, path):
@@ -672,12 +640,10 @@ def draw(rates, path):
 
 def save_proofs(path, runs, theorems):
     """Write a proof per theorem and model, in the format of LeanDojo's benchmark."""
-    known, proofs = {theorem["id"]: theorem for theorem in theorems}, {}
-    for result in (result for results in runs.values() for result in results if result["proof"]):
-        tactics = [step["tactic"] for step in result["proof"]]
-        proofs[result["id"], *tactics] = known[result["id"]] | {"traced_tactics": result["proof"]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    common.write_whole(path, json.dumps(list(proofs.values()), ensure_ascii=False, indent=0))
+    known = {theorem["id"]: theorem for theorem in theorems}
+    found = [result for results in runs.values() for result in results if result["proof"]]
+    lines = [json.dumps(known[one["id"]] | {"traced_tactics": one["proof"]}) for one in found]
+    common.write_whole(path, "[" + ",\n".join(dict.fromkeys(lines)) + "]\n")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ Loss, over the steps i of traced proofs, from the proof state x[i] by the tactic
 
 with gradient F(N_eff, p) ∇(-log p): no tactic becomes much likelier than 1/N_eff, about the width
 of the search tree. --n-eff 1 is cross-entropy. --level proof --n-prime 4096 is the naive form for
-whole proofs, F(N', Π_i p̂(y[i]|x[i])) ∇(-Σ_i log p̂(y[i]|x[i])); a batch then counts proofs. Writes
-to --out what train_direct.py does; prove.py reads the checkpoints.
+whole proofs, F(N', Π_i p̂(y[i]|x[i])) ∇(-Σ_i log p̂(y[i]|x[i])). Writes to --out what train_direct.py
+does; prove.py reads the checkpoints.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def parse_args(argv=None):
     # model and data
     add("--model", help="folder or hub name")
     add("--data", help="folder with train.json and val.json as in LeanDojo's benchmark, or a file")
-    add("--extra", type=Path, nargs="+", default=[], help="proofs found by prove.py --save-proofs")
+    add("--extra", type=Path, nargs="+", default=[], help="proofs.json that prove.py wrote")
     add("--max-length", type=int, default=2048, help="drop longer steps (tokens, with the tactic)")
     add("--prompt", help="instead of the template's, with {problem} in it: the proof state")
     add("--seed", type=int, default=0, help="order of the examples, weights from scratch")
@@ -230,11 +230,10 @@ def main(argv=None):
         straight_above=straight_above,
         processes=accelerator.num_processes,
     )
-    longest = max(len(example.completion_ids) for example in [*train, *test])
-    record = {  # what evaluation reads from a checkpoint
+    record = {  # what prove.py reads from a checkpoint
         "template": "lean",
         "prompt": args.prompt,
-        "max_new_tokens": min(longest, 256),
+        "max_new_tokens": min(256, max(len(e.completion_ids) for e in [*train, *test])),
         "max_length": args.max_length,
         "n_prime": args.n_prime,
         "data": str(Path(args.data).resolve()) if Path(args.data).exists() else args.data,
