@@ -138,33 +138,29 @@ def encode(rows, tokenizer, config, template, prompt=None, max_length=inf, promp
     leave the completions empty. Returns (examples, {reason: number of rows dropped}).
     """
     form, eos = TEMPLATES[template], tokenizer.eos_token_id
+    completion = "" if prompts_only else form.completion
+    needed = {"answer", *re.findall(r"\{(\w+)\}", completion)}
     max_length = min(max_length, getattr(config, "max_position_embeddings", inf))
-    vocabulary = config.get_text_config().vocab_size
+    vocabulary, unknown = config.get_text_config().vocab_size, tokenizer.unk_token_id
     examples, dropped = [], Counter()
     for row in rows:
-        with_solution = "{solution}" in form.completion and not prompts_only
-        missing = [
-            f for f in ("solution",) * with_solution + ("answer",) if not row.get(f, "").strip()
-        ]
-        if missing:
-            dropped[f"without {missing[0]}"] += 1
+        if not all(row.get(field, "").strip() for field in needed):
+            dropped["without an answer or solution"] += 1
             continue
         prompt_ids = tokenizer(fill(prompt or form.prompt, row)).input_ids
         if prompt_ids[-1:] == [eos]:  # some tokenizers close every text
             prompt_ids.pop()
-        completion_ids = []
-        if not prompts_only:
-            text = fill(form.completion, row)
-            completion_ids = tokenizer(text, add_special_tokens=False).input_ids
+        completion_ids = tokenizer(fill(completion, row), add_special_tokens=False).input_ids
         ids = prompt_ids + completion_ids
-        if eos in ids[prompt_ids[:1] == [tokenizer.bos_token_id] :]:
+        if prompt_ids[:1] == [tokenizer.bos_token_id]:
+            ids = ids[1:]
+        if eos in ids:
             fail(f"{row['source']}: its text contains {tokenizer.eos_token!r}, which ends a text")
-        if max(ids, default=0) >= vocabulary:
-            fail(f"{row['source']}: token id {max(ids)}, but the model has only {vocabulary}")
-        unknown = tokenizer.unk_token_id
-        if unknown not in (None, tokenizer.bos_token_id) and unknown in ids:
+        if unknown is not None and unknown in ids:
             fail(f"{row['source']}: the tokenizer does not know a character of it")
-        if completion_ids:
+        if max(ids, default=0) >= vocabulary:
+            fail(f"{row['source']}: token {max(ids)} in a model of {vocabulary} tokens")
+        if not prompts_only:
             completion_ids = [*completion_ids, eos]
         example = Example(row["id"], prompt_ids, completion_ids)
         if len(example) > max_length:  # dropped, not cut: that would teach not to stop
@@ -194,7 +190,7 @@ COLUMNS = {  # our field: its names in data sets; the first one present is used
 
 
 def load_problems(data, split, required=True):
-    """Return rows {"id", "source", "problem", "answer"} and, where known, "solution" and "level".
+    """Return rows {"id", "source", "problem", "answer", "level" (0: unknown)} and "solution".
 
     data: a folder with {split}.jsonl, a file of JSON lines, or a data set on the hub. A split that
     is missing gives [] unless it is required.
@@ -215,13 +211,11 @@ def load_problems(data, split, required=True):
             name = next((name for name in names if raw.get(name) is not None), None)
             if name:
                 row[field] = text_of(raw[name], f"{source}: field {name!r}")
-        for field in ("problem", "answer"):
-            if field not in row:
+            elif field in ("problem", "answer"):
                 fail(f"{source}: field {field!r} is missing")
         if re.fullmatch("0+[0-9]+", row["answer"]):  # AIME's 025
             row["answer"] = str(int(row["answer"]))
-        if "level" in row:
-            row["level"] = int((re.findall(r"\d+", row["level"]) or [0])[0])
+        row["level"] = int("".join(re.findall(r"\d", row.get("level", ""))) or 0)
         rows.append(row)
     if required and not rows:
         fail(f"{data}: there are no problems in it")
@@ -460,8 +454,6 @@ def make_accelerator(zero=0, clip=1.0, offload=False, report_to="none", out=None
     if report_to != "none":
         settings |= {"log_with": report_to, "project_dir": out}
     accelerator = accelerate.Accelerator(**settings)
-    if accelerator.num_processes != world:
-        raise RuntimeError(f"{world} processes were launched, but {accelerator.num_processes} met")
     if world > 1:  # waiting in NCCL would keep the GPUs busy, which the engines need
         on_main.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=24))
     return accelerator
@@ -518,12 +510,9 @@ def load_model(model, tokenizer, dtype=torch.float32, seed=0, accelerator=None):
     else:
         settings = {"config": config, "dtype": dtype, "use_safetensors": True}
         loaded = from_pretrained(transformers.AutoModelForCausalLM, model, **settings)
-    loaded.generation_config = transformers.GenerationConfig(  # sampling from p̂, stopping at EOS
+    loaded.generation_config = transformers.GenerationConfig(  # sampling from p̂, not its top 50
         do_sample=True,
-        temperature=1.0,
         top_k=0,
-        top_p=1.0,
-        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -644,6 +633,10 @@ def check_out(args):
                 fail(f"--resume: {name} was {then.get(name)} and is {now[name]} now")
     elif path.exists() and not args.overwrite:
         fail(f"{args.out} holds a run: use --resume, --overwrite or another --out")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out}: {error.strerror}")
 
 
 class StopRequested(Exception):
@@ -661,10 +654,8 @@ def raise_if_stopped(accelerator):
 class Run:
     """A training run's output folder: args.json, metrics.jsonl, epochs.jsonl, checkpoints, state/.
 
-    state/step-<k> holds all that --resume needs, as accelerate writes it. States and checkpoints
-    are written beside their place and renamed when complete, so a kill at any instant leaves whole
-    ones. SIGTERM and Ctrl-C end the run after the current step, or within its scoring, with a
-    state and the exit code 128 + signal.
+    state/step-<k> holds all that --resume needs, as accelerate writes it. SIGTERM and Ctrl-C end
+    the run after the current step, or within its scoring, with a state and exit code 128 + signal.
 
         with Run(args, accelerator, model, tokenizer, refill, record) as run:
             ...
@@ -677,40 +668,38 @@ class Run:
         self.args, self.accelerator, self.refill = args, accelerator, refill
         self.model, self.tokenizer, self.record = model, tokenizer, record
         self.step, self.clipped = 0, 0
-        self.states = args.out / "state"
+        self.logs = [args.out / "metrics.jsonl", args.out / "epochs.jsonl"]
+        accelerator.register_for_checkpointing(self)
 
     def state_dict(self):
-        return {"step": self.step, "clipped": self.clipped, "refill": self.refill.state_dict()}
+        sizes = [path.stat().st_size if path.exists() else 0 for path in self.logs]
+        refill = self.refill.state_dict()
+        return {"step": self.step, "clipped": self.clipped, "refill": refill, "sizes": sizes}
 
     def load_state_dict(self, state):
         self.step, self.clipped = state["step"], state["clipped"]
         if state["refill"]["size"] != self.refill.size:
             fail("--resume: the data has changed")
         vars(self.refill).update(state["refill"])
+        for path, size in zip(self.logs, state["sizes"], strict=True):
+            os.truncate(path, size) if path.exists() else None  # what came after this state
 
     def __enter__(self):
         """Start a new run, or return to the last state with --resume."""
-        out, accelerator = self.args.out, self.accelerator
-        accelerator.register_for_checkpointing(self)
-        last_state = self.last_state()
+        out, accelerator, last_state = self.args.out, self.accelerator, self.last_state()
         if self.args.resume and last_state:
             accelerator.print(f"resuming from {last_state}", flush=True)
             accelerator.load_state(last_state)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            old = [self.states, *out.glob("epoch-*"), *out.glob("step-*"), *out.glob("*.jsonl")]
-            for path in old if not self.args.resume else []:
+        elif accelerator.is_main_process:
+            for path in [out / "state", *out.glob("epoch-*"), *out.glob("step-*"), *self.logs]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            with disk_errors(out):
-                self.states.mkdir(parents=True, exist_ok=True)
-                write_whole(out / "args.json", json.dumps(vars(self.args), default=str))
-            keep_lines(out / "metrics.jsonl", "step", self.step)
-            keep_lines(out / "epochs.jsonl", "epoch", self.refill.epoch - 1)
+            (out / "args.json").write_text(json.dumps(vars(self.args), default=str))
+        accelerator.wait_for_everyone()
         if self.args.report_to != "none":
             accelerator.init_trackers("dco", {k: str(v) for k, v in vars(self.args).items()})
         Run.stop_signal = 0
-        signals = (signal.SIGTERM, signal.SIGINT)
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in signals}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
         return self
 
     def on_signal(self, number, frame):
@@ -728,73 +717,72 @@ class Run:
 
     def end_step(self, metrics):
         """Log a step, and save where --save-every says so or a signal came to any process."""
-        self.log("metrics.jsonl", metrics)
+        self.log(self.logs[0], metrics)
         raise_if_stopped(self.accelerator)
         if self.step % self.args.save_every == 0:
             self.save_state()
 
-    def log(self, name, line):
+    def end_epoch(self, summary):
+        self.log(self.logs[1], summary)
+
+    def log(self, path, line):
         """Append a line to a file of the run, and send its numbers to the tracker."""
         if self.accelerator.is_main_process:
-            with (
-                disk_errors(self.args.out, self.last_state()),
-                open(self.args.out / name, "a") as file,
-            ):
+            with open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=self.step)
 
     def last_state(self):
-        states = self.states.glob("step-*[0-9]")
+        states = self.args.out.glob("state/step-*[0-9]")
         return max(states, key=lambda path: int(path.name[5:]), default=None)
 
     def save_state(self):
-        folder, accelerator = self.states / f"step-{self.step}", self.accelerator
-        if folder.exists():
-            return
-        partial = folder.with_suffix(".partial")
-        with disk_errors(folder, self.last_state()):
-            if accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-            accelerator.wait_for_everyone()
-            accelerator.save_state(partial)
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                rename_whole(partial, folder)
-                for old in set(self.states.glob("step-*")) - {folder}:
-                    shutil.rmtree(old)
+        folder = self.args.out / "state" / f"step-{self.step}"
+        if not folder.exists():
+            with self.whole(folder) as partial:
+                self.accelerator.save_state(partial)
+            for old in set(folder.parent.glob("step-*")) - {folder}:
+                shutil.rmtree(old, ignore_errors=True)
 
     def save_checkpoint(self, name, **more):
         """Write a Hugging Face folder plus dco.json: the record, step, epoch and `more`."""
-        accelerator, folder = self.accelerator, self.args.out / name
-        partial = folder.with_name(folder.name + ".partial")
-        weights = accelerator.get_state_dict(
-            self.model
-        )  # ZeRO-3 gathers them into the main process
-        if accelerator.is_main_process:
-            model = accelerator.unwrap_model(self.model)
-            shutil.rmtree(partial, ignore_errors=True)
-            with disk_errors(folder, self.last_state()):
-                if accelerator.mixed_precision == "bf16":
-                    shared = {}  # tied weights stay one tensor
-                    weights = {
-                        name: shared.setdefault(weight.data_ptr(), weight.bfloat16())
-                        for name, weight in weights.items()
-                    }
+        weights = self.accelerator.get_state_dict(self.model)  # ZeRO-3: gathered into the first
+        with self.whole(self.args.out / name) as partial:
+            if self.accelerator.is_main_process:
+                model = self.accelerator.unwrap_model(self.model)
                 model.save_pretrained(partial, state_dict=weights)
-                if accelerator.mixed_precision == "bf16":
-                    config = json.loads((partial / "config.json").read_text())
-                    config["dtype"] = "bfloat16"  # of the file; the model in training is float32
-                    (partial / "config.json").write_text(json.dumps(config, indent=2))
                 self.tokenizer.save_pretrained(partial)
                 record = self.record | {"step": self.step, "epoch": self.refill.epoch} | more
                 (partial / "dco.json").write_text(json.dumps(record))
-                rename_whole(partial, folder)
-        accelerator.wait_for_everyone()
+
+    @contextmanager
+    def whole(self, folder):
+        """Yield another folder to write to. It gets its name when it is complete and on the disk,
+        so that a kill at any instant leaves only whole folders of that name."""
+        partial = folder.with_name(folder.name + ".partial")
+        try:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            yield partial
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                for path in partial.rglob("*.*"):
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+            self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            self.fail_to_write(folder, error)
+
+    def fail_to_write(self, path, error):
+        fail(f"{path} cannot be written: {error}. Last good state: {self.last_state() or 'none'}")
 
     def __exit__(self, kind, error, trace):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        if isinstance(error, OSError):
+            self.fail_to_write(self.args.out, error)
         if kind is StopRequested:
             self.save_state()
             self.accelerator.print(f"\nstopped after step {self.step}: --resume continues the run")
@@ -803,39 +791,6 @@ class Run:
             self.accelerator.end_training()
         if kind is StopRequested:
             raise SystemExit(128 + Run.stop_signal)
-
-
-@contextmanager
-def disk_errors(path, last_state=None):
-    """Report what cannot be written in one line, with the state that --resume would use."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        fail(f"{path} cannot be written: {error}. Last good state: {last_state or 'none'}")
-
-
-def rename_whole(partial, folder):
-    """Give a folder its final name once all of it has reached the disk."""
-    for path in partial.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def write_whole(path, text):
-    """Write a file that is never seen half-written."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.rename(path)
-
-
-def keep_lines(path, field, last):
-    """Drop the lines after `last`, and one that a kill cut off."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-        write_whole(path, "".join(line for line in lines if json.loads(line)[field] <= last))
 
 
 # ---- Coverage ------------------------------------------------------------------------------------
@@ -865,13 +820,9 @@ def mean_and_interval(values, resamples=2000):
 def evaluate_exactly(accelerator, model, tokenizer, examples, max_new_tokens, tokens, ns):
     """Exact pass@N for each N, and the mean confidence p̂(greedy completion)."""
     sampler = TransformersSampler(accelerator, model, tokenizer)
-    found = sampler.generate([example.prompt_ids for example in examples], 1, max_new_tokens)
-    greedy = [
-        Example(example.id, example.prompt_ids, completion.token_ids)
-        for example, (completion,) in zip(examples, found, strict=True)
-    ]
+    greedy = sampler.generate([example.prompt_ids for example in examples], 1, max_new_tokens)
+    confidence = float(np.exp([completion.log_prob for (completion,) in greedy]).mean())
     log_p = score(accelerator, model, examples, tokens).cpu()
-    confidence = score(accelerator, model, greedy, tokens).exp().mean().item()
     coverage = {f"pass@{n}": float(exact_pass_at_n(log_p, n).mean()) for n in ns}
     return coverage | {"greedy_confidence": confidence}
 

@@ -261,7 +261,7 @@ def main(argv=None):
                     ns=(1, 16, 256, 4096),
                 )
             summary["seconds"] = time.perf_counter() - epoch_started
-            run.log("epochs.jsonl", summary)
+            run.end_epoch(summary)
             shown = "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if "pass@" in k)
             progress.write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
             if run.step == args.max_steps:
