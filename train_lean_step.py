@@ -297,7 +297,7 @@ def main(argv=None):
                     accelerator, model, tokenizer, test, *sizes, ns=(1, 4, 16, 64)
                 )
             summary["seconds"] = time.perf_counter() - epoch_started
-            run.log("epochs.jsonl", summary)
+            run.end_epoch(summary)
             shown = "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if "pass@" in k)
             progress.write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
             if run.step == args.max_steps:
