@@ -180,17 +180,18 @@ def start_out(args, runs):
     for name in settings.keys() & before.keys():
         if settings[name] != before[name]:
             common.fail(f"{args.out} holds results of another {name}: {before[name]}")
-    common.write_whole(path, json.dumps(before | settings, indent=1))
+    path.write_text(json.dumps(before | settings, indent=1))
     return files
 
 
 def read_results(path):
-    """Read the last line of each theorem, and remove from the file what a kill cut off."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    results = [json.loads(line) for line in lines if line.endswith("\n")]
-    results = list({result["id"]: result for result in results}.values())
-    common.write_whole(path, "".join(json.dumps(result) + "\n" for result in results))
-    return sorted(results, key=lambda result: result["id"])
+    """Read the last line of each theorem."""
+    results = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):  # a kill may have cut it off
+            result = json.loads(line)
+            results[result["id"]] = result
+    return [results[i] for i in sorted(results)]
 
 
 # ---- The search of one theorem -------------------------------------------------------------------
@@ -533,7 +534,7 @@ def prove_all(args, checkpoint, times, theorems, path):
                 requests.append(item)
             else:
                 with open(path, "a") as file:
-                    file.write(json.dumps(item) + "\n")
+                    file.write("\n" + json.dumps(item))  # a cut line before it stays alone
                 progress.update()
         if requests:
             answers = iter(sampler.sample([one for _, part in requests for one in part]))
@@ -619,7 +620,7 @@ def report(args, runs, theorems):
         proved = sum(result["successes"] > 0 for result in one_run)
         totals = {name: sum(result[name] for result in one_run) for name in names}
         print(f"\n{label}: proved {proved}; {dict(ends)}; {totals}")
-    common.write_whole(args.out / "prove.json", json.dumps(saved, indent=1))
+    (args.out / "prove.json").write_text(json.dumps(saved, indent=1))
     curve = [2**i for i in range(args.passes.bit_length())]
     draw(estimate_all(args, runs, curve, paper), args.out / "success.png")
     save_proofs(args.out / "proofs.json", runs, theorems)
@@ -643,7 +644,7 @@ def save_proofs(path, runs, theorems):
     known = {theorem["id"]: theorem for theorem in theorems}
     found = [result for results in runs.values() for result in results if result["proof"]]
     lines = [json.dumps(known[one["id"]] | {"traced_tactics": one["proof"]}) for one in found]
-    common.write_whole(path, "[" + ",\n".join(dict.fromkeys(lines)) + "]\n")
+    path.write_text("[" + ",\n".join(dict.fromkeys(lines)) + "]\n")
 
 
 if __name__ == "__main__":

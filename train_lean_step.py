@@ -288,8 +288,8 @@ def main(argv=None):
                 run.end_step(metrics)
 
             # -------- end of an epoch, or of --max-steps
-            finished = refill.position == len(refill.order)
-            run.save_checkpoint(f"epoch-{epoch}" if finished else f"step-{run.step}")
+            name = f"epoch-{epoch}" if refill.position == len(refill.order) else f"step-{run.step}"
+            run.save_checkpoint(name)
             summary = {"epoch": epoch, "step": run.step}
             if test:
                 sizes = record["max_new_tokens"], args.micro_batch_tokens
@@ -303,7 +303,7 @@ def main(argv=None):
             if run.step == args.max_steps:
                 break
         progress.close()
-        accelerator.print(f"done. Prove theorems: python prove.py --model {args.out}/epoch-{epoch}")
+        accelerator.print(f"done. Prove theorems: python prove.py --model {args.out}/{name}")
 
 
 if __name__ == "__main__":

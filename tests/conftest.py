@@ -127,10 +127,13 @@ def lean(tmp_path_factory):
 def ray_session(lean):
     """The one Ray of the session, whose workers find the stand-in for Lean."""
     import common
+    import prove
 
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [ROOT, ROOT / "tests"])))
-        patch.setenv("RAY_ENABLE_AUTO_CONNECT", "0")
         ray = common.start_ray()
+        ray.cloudpickle.register_pickle_by_value(prove)  # as a script's, workers import no torch
+        signal.signal(signal.SIGHUP, handler)
         yield ray
         ray.shutdown()

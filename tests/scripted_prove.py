@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import ray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -50,5 +51,6 @@ def make_checkpoint(folder, chances, **record):
 
 
 if __name__ == "__main__":
+    ray.cloudpickle.register_pickle_by_value(prove)  # workers import no torch, as in prove.py
     prove.TacticSampler = ScriptedSampler
     prove.main(sys.argv[1:])
