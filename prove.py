@@ -49,7 +49,7 @@ PRESETS = {
     "paper": {
         "theorems": "leandojo_benchmark_4/random/test.json",
         "dojo": "lean_dojo:Dojo",
-        "engine": "vllm",
+        "engine": "auto",
         "block": 256,
     },
     "laptop": {  # a larger block costs hardly more where tactics take no time
@@ -65,7 +65,8 @@ UNTRUSTED = re.compile(
 )
 BROKEN = ("timeout", "crash")  # outcomes that say nothing about the tactic yet
 KINDS = {"TacticState": "open", "ProofFinished": "proved"}  # all else is an error
-MAY_CHANGE = ("model", "ensemble", "baseline", "workers", "engine", "preset", "out")
+MAY_CHANGE = ("model", "ensemble", "baseline", "workers", "engine", "gpu_memory", "gpus_per_engine",
+              "preset", "out")  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -92,7 +93,9 @@ def parse_args(argv=None):
     add("--dojo", metavar="MODULE:CLASS", help="an environment with LeanDojo's interface")
     add("--workers", type=int, help="theorems at a time, a Lean process each (default: CPU cores)")
     # sampling, at temperature 1 as in the paper
-    add("--engine", choices=["vllm", "transformers"])
+    add("--engine", choices=["auto", "vllm", "transformers"], help="auto: vLLM if installed")
+    add("--gpu-memory", type=float, default=0.85, help="vLLM's share of each GPU")
+    add("--gpus-per-engine", type=int, default=1)
     # output
     add("--out", type=Path, help="default: runs/prove-<folder>-<file> of the theorems")
     args = parser.parse_args(argv)
@@ -459,21 +462,16 @@ class TacticSampler:
     """Samples tactics from a checkpoint, for the states of several searches at once."""
 
     def __init__(self, args, checkpoint, times):
-        record, accelerator = read_record(checkpoint), common.make_accelerator()
-        self.tokenizer = tokenizer = common.load_tokenizer(checkpoint)
+        record = read_record(checkpoint)
+        self.tokenizer = common.load_tokenizer(checkpoint)
         self.prompt = record["prompt"] or common.TEMPLATES["lean"].prompt
         self.seed = common.seed_of(args.seed, *Path(checkpoint).parts[-2:], times)
         self.max_new_tokens = record["max_new_tokens"]
         context = common.load_config(checkpoint).max_position_embeddings
         self.room = min(record["max_length"], context - self.max_new_tokens)  # for a state
-        if args.engine == "vllm":
-            length = self.room + self.max_new_tokens
-            self.sampler = common.VLLMEngines(
-                accelerator, checkpoint, tokenizer, length, args.out, memory=0.85
-            )
-        else:
-            model = common.load_model(checkpoint, tokenizer).to(accelerator.device)
-            self.sampler = common.TransformersSampler(accelerator, model, tokenizer)
+        length = self.room + self.max_new_tokens
+        accelerator = common.make_accelerator()
+        self.sampler = common.make_sampler(args, accelerator, checkpoint, self.tokenizer, length)
 
     def sample(self, requests):
         """requests: (text of a state, n, key for the seed). Returns for each (Counter of n tactics,
