@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 DONE = "no goals"
@@ -75,13 +76,12 @@ EVERYWHERE = {  # tactics of every state
     "die": die,
     "exceed_memory": exceed_memory,
     "garbage": lambda state: say("REPL> Segmentation fault\n"),
-    "noise": lambda state: say("PANIC\n"),  # and no reply
-    "turnstiles": "⊢ one goal ⊢ or two",  # which lean_dojo cannot read
 }
 SORRY = fail("proof contains `sorry`")  # said at the end of a proof, not at the tactic
 SWAP, PARTS = "p q : Prop\nh : p ∧ q\n⊢ q ∧ p", "p q : Prop\nhp : p\nhq : q\n⊢ q ∧ p"
 RIGHT = "case right\np q : Prop\nh : p ∧ q\n⊢ p"
 BOTH = f"case left\np q : Prop\nh : p ∧ q\n⊢ q\n\n{RIGHT}"
+ONE = "⊢ 1 = 1"
 THEOREMS = {  # state: {tactic: outcome}; the first state is the theorem's own
     "one_step": {"⊢ 2 + 2 = 4": {"norm_num": DONE, "rfl": DONE}},
     "two_steps": {
@@ -96,19 +96,19 @@ THEOREMS = {  # state: {tactic: outcome}; the first state is the theorem's own
         "⊢ 1 < 2": {"have h : 1 < 2 := by sorry": "h : 1 < 2\n⊢ 1 < 2"},
         "h : 1 < 2\n⊢ 1 < 2": {"exact h": SORRY},
     },
-    "hanging": {"⊢ 1 = 1": {"simp": hang, "rfl": DONE}},
-    "dying": {"⊢ 1 = 1": {"simp": die, "skip": exceed_memory, "rfl": DONE}},
-    "flaky_death": {"⊢ 1 = 1": {"rfl": once(die, DONE, "flaky_death")}},
-    "flaky_hang": {"⊢ 1 = 1": {"rfl": once(hang, DONE, "flaky_hang")}},
+    "hanging": {ONE: {"simp": hang, "rfl": DONE}},
+    "dying": {ONE: {"simp": die, "rfl": DONE}},
+    "flaky_death": {ONE: {"rfl": once(die, DONE, "flaky_death")}},
+    "flaky_hang": {ONE: {"rfl": once(hang, DONE, "flaky_hang")}},
+    "start_eof": {ONE: {}},
+    "start_solved": {ONE: {}},
+    "start_flaky": {ONE: {}},
 }
-STARTS = {  # what comes before the first state, which is "⊢ True" of one step
+STARTS = {  # what comes before the first state
     "start_eof": lambda state: os._exit(0),
-    "start_hang": hang,
-    "start_garbage": lambda state: say("REPL> Segmentation fault\n"),
     "start_solved": DONE,
-    "start_flaky": once(die, "⊢ True", "start_flaky"),
+    "start_flaky": once(die, ONE, "start_flaky"),
 }
-THEOREMS |= {name: {"⊢ True": {"trivial": DONE}} for name in STARTS}
 
 
 def settle(outcome, state, sid):
@@ -116,11 +116,11 @@ def settle(outcome, state, sid):
     try:
         while callable(outcome):
             outcome = outcome(state)
-        if outcome is not None:
-            reply(sid, outcome)
-        return outcome
     except ValueError as error:
-        reply(error=str(error))
+        return reply(error=str(error))
+    if outcome is not None:
+        reply(sid, outcome)
+    return outcome
 
 
 def lean(file):
@@ -173,8 +173,6 @@ def make_repository(folder):
     traced = cache / f"gitpython-standin-{commit}" / "standin"
     for copy in (cache / "repos" / f"gitpython-standin-{commit}" / "standin", traced):
         shutil.copytree(repository, copy)
-    from importlib.util import find_spec
-
     lean_dojo = Path(find_spec("lean_dojo").origin).parent
     shutil.copy(lean_dojo / "interaction" / "Lean4Repl.lean", traced)
     trace = traced / ".lake" / "build" / "ir"
@@ -200,36 +198,31 @@ def node(kind, *children):
 
 def add_theorem(text, name):
     """`theorem NAME : True := by trivial` and its syntax as lean_dojo's ExtractData.lean writes."""
-    leaves = {}
+    leaf = {}
     for token in ("theorem", name, ":", "True", ":=", "by", "trivial"):
-        start, trailing = len(text.encode()), "\n\n" if token == "trivial" else " "
-        place = {"leading": "", "pos": start, "trailing": trailing}
-        place["endPos"] = start + len(token)
-        kind, more = (
-            ("ident", {"rawVal": token, "preresolved": []}) if token == name else ("atom", {})
-        )
-        leaves[token] = {kind: {"info": {"original": place}, "val": token, **more}}
+        trailing = "\n\n" if token == "trivial" else " "
+        place = {"leading": "", "pos": len(text), "trailing": trailing}
+        info = {"info": {"original": place | {"endPos": len(text) + len(token)}}, "val": token}
+        identifier = {"rawVal": token, "preresolved": []}
+        leaf[token] = {"ident": info | identifier} if token == name else {"atom": info}
         text += token + trailing
-    tactic = node("null", node("Lean.Parser.Tactic.standIn", leaves["trivial"]))
-    tactics = node("Lean.Parser.Tactic.tacticSeq1Indented", tactic)
-    proof = node(
-        "Lean.Parser.Term.byTactic", leaves["by"], node("Lean.Parser.Tactic.tacticSeq", tactics)
-    )
-    statement = node("Lean.Parser.Term.typeSpec", leaves[":"], leaves["True"])
+    parser, tactic = "Lean.Parser.Command", "Lean.Parser.Tactic"
+    steps = node("null", node(f"{tactic}.standIn", leaf["trivial"]))
+    steps = node(f"{tactic}.tacticSeq", node(f"{tactic}.tacticSeq1Indented", steps))
+    proof = node("Lean.Parser.Term.byTactic", leaf["by"], steps)
+    statement = node("Lean.Parser.Term.typeSpec", leaf[":"], leaf["True"])
     theorem = node(
-        "Lean.Parser.Command.theorem",
-        leaves["theorem"],
-        node("Lean.Parser.Command.declId", leaves[name]),
-        node("Lean.Parser.Command.declSig", statement),
-        node("Lean.Parser.Command.declValSimple", leaves[":="], proof),
+        f"{parser}.theorem",
+        leaf["theorem"],
+        node(f"{parser}.declId", leaf[name]),
+        node(f"{parser}.declSig", statement),
+        node(f"{parser}.declValSimple", leaf[":="], proof),
     )
-    modifiers = node("Lean.Parser.Command.declModifiers")
-    return text, node("Lean.Parser.Command.declaration", modifiers, theorem)
+    return text, node(f"{parser}.declaration", node(f"{parser}.declModifiers"), theorem)
 
 
 def running(variables, theorem=None, wait=0.0):
-    """Process ids of the stand-ins that still run (after up to `wait` seconds), of one theorem or
-    of all."""
+    """Process ids of the stand-ins that still run after up to `wait` seconds, of one or all."""
     end = time.monotonic() + wait
     while True:
         started = [line.split() for line in Path(variables[PIDS]).read_text().splitlines()]
