@@ -106,19 +106,31 @@ def cross_entropy_run(tmp_path_factory):
     return out, done
 
 
+# Lean
 @pytest.fixture(scope="session")
 def lean(tmp_path_factory):
-    """The environment in which lean_dojo meets the stand-in for Lean, set for this process and all that it starts.
+    """{name: theorem} of the stand-in for Lean, which lean_dojo finds from here on. TRIES, where
+    theorems remember that they have failed, is a folder of the session's."""
+    from lean_stand_in import make_repository, running
 
-    Who needs theorems that fail the first time sets TRIES to a folder of its own: this one serves the whole session.
-    """
-    from lean_repository import make_repository, running
-
-    assert "lean_dojo" not in sys.modules, "lean_dojo reads where its cache is once, when it is imported"
-    environment = make_repository(tmp_path_factory.mktemp("lean"))
+    assert "lean_dojo" not in sys.modules, "lean_dojo reads where its cache is when it is imported"
+    variables, theorems = make_repository(tmp_path_factory.mktemp("lean"))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
+        for name, value in variables.items():
             patch.setenv(name, value)
-        yield environment
-    for pid in running(environment):
+        yield theorems
+    for pid in running(variables):
         os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def ray_session(lean):
+    """The one Ray of the session, whose workers find the stand-in for Lean."""
+    import common
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [ROOT, ROOT / "tests"])))
+        patch.setenv("RAY_ENABLE_AUTO_CONNECT", "0")
+        ray = common.start_ray()
+        yield ray
+        ray.shutdown()
