@@ -531,7 +531,7 @@ def prepare_training(args, tokenizer, accelerator):
     return accelerator.prepare(model, torch.optim.AdamW(model.parameters(), **settings))
 
 
-def log_probs(model, examples):
+def log_probs(model, examples, temperature=1.0):
     """Return log p̂(y|x) of each example's completion, end-of-sequence token included: float32 [B].
 
     Nothing is padded: the examples stand one after the other in one row [1, T]. Position ids start
@@ -557,6 +557,8 @@ def log_probs(model, examples):
         use_cache=False,
     )
     logits = output.logits[0].float()
+    if temperature != 1:
+        logits = logits / temperature
     chosen = logits.gather(-1, token_ids[predicting + 1, None]).squeeze(-1)
     token_log_probs = chosen - logits.logsumexp(-1)
     return token_log_probs.new_zeros(len(examples)).index_add(0, owner, token_log_probs)
@@ -574,7 +576,7 @@ def check_packing(accelerator, model, examples):
         fail(f"this architecture mixes packed examples: log p {packed} packed, {alone} alone")
 
 
-def gathered_log_probs(accelerator, model, examples, grad=False):
+def gathered_log_probs(accelerator, model, examples, grad=False, temperature=1.0):
     """log p̂ of the examples of one round, dealt out to the processes.
 
     Returns (this process's share with its graph, for `backward`; all, in order and detached).
@@ -584,7 +586,7 @@ def gathered_log_probs(accelerator, model, examples, grad=False):
     firsts = range(0, len(examples), world)
     share = [examples[min(first + rank, len(examples) - 1)] for first in firsts]
     with accelerator.no_sync(model), torch.set_grad_enabled(grad):
-        mine = log_probs(model, share)
+        mine = log_probs(model, share, temperature)
     everyone = accelerator.gather(mine.detach()).view(world, -1).T.reshape(-1)[: len(examples)]
     if not everyone.isfinite().all():
         fail("log p of an example is not finite: training diverged. Try a lower --lr or --clip")
@@ -606,13 +608,14 @@ def backward(accelerator, model, mine, weights, last):
         accelerator.backward(loss)
 
 
-def score(accelerator, model, examples, tokens):
+def score(accelerator, model, examples, tokens, temperature=1.0):
     """log p̂ of any number of examples, without gradients: float32 [n]. tokens: see make_rounds."""
     log_p = {}
     world = accelerator.num_processes
     for ids in make_rounds(range(len(examples)), lambda i: len(examples[i]), world, tokens):
         raise_if_stopped(accelerator)
-        _, values = gathered_log_probs(accelerator, model, [examples[i] for i in ids])
+        batch = [examples[i] for i in ids]
+        _, values = gathered_log_probs(accelerator, model, batch, temperature=temperature)
         log_p.update(zip(ids, values, strict=True))
     return torch.stack([log_p[i] for i in range(len(examples))])
 
