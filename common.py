@@ -14,10 +14,12 @@ import resource
 import shutil
 import signal
 import sys
-from collections import Counter, namedtuple
+from collections import ChainMap, Counter, namedtuple
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
+from itertools import chain, islice
 from math import ceil, inf, isfinite, sqrt
 from pathlib import Path
 
@@ -29,6 +31,7 @@ import pebble
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch.multiprocessing.reductions import reduce_tensor
 
 
 def fail(message):
@@ -871,101 +874,284 @@ def evaluate_by_sampling(sampler, grader, tokenizer, examples, golds, args):
     return coverage | {"mode_confidence": float(np.mean(modes)) / n}
 
 
-# ---- Sampling ------------------------------------------------------------------------------------
+# ---- Sampling: vLLM engines beside the trainer (App. B), or the model in training itself ---------
 # token_ids end with the end-of-sequence token unless the limit came first. log_prob: the sampler's
 # own, for comparison only: p for DCO always comes from `log_probs`.
 Completion = namedtuple("Completion", ["token_ids", "log_prob"])
 
 
-class TransformersSampler:
-    """Samples with the model in training itself. Slower than vLLM, but nothing to install.
+def make_sampler(args, accelerator, checkpoint, tokenizer, max_length, model=None):
+    """Return the sampler of args.engine; auto is vLLM where it is installed. max_length: tokens of
+    prompt and completion. model: the one in training; None: the checkpoint's weights."""
+    if args.engine == "vllm" or (args.engine == "auto" and find_spec("vllm")):
+        return VLLMEngines(args, accelerator, checkpoint, tokenizer, max_length, model)
+    if model is None:
+        dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+        model = load_model(checkpoint, tokenizer, dtype).eval().to(accelerator.device)
+    return TransformersSampler(accelerator, model, tokenizer)
 
-    Samples of a prompt that are the same so far share a row of the batch, so that many samples of
-    a model that is sure of itself cost little more than one.
-    """
+
+class Sampler:
+    """The interface of both samplers. All processes call these methods together."""
+
+    def generate(self, prompts, n, max_new_tokens, seeds=None, temperature=1.0):
+        """Return n Completions of each prompt, the same on every process. n: an int, or one per
+        prompt. seeds: one per prompt (`seed_of`); None is greedy. A prompt's samples depend on its
+        seed alone, not on what is sampled beside it."""
+        counts = [n] * len(prompts) if isinstance(n, int) else n
+        if seeds is None:
+            seeds, temperature = [0] * len(prompts), 0.0
+        requests = []
+        for prompt, count, seed in zip(prompts, counts, seeds, strict=True):
+            for first in range(0, count, self.request_size):
+                requests.append((prompt, min(self.request_size, count - first), seed + first))
+        completions = chain(*self._sample(requests, max_new_tokens, temperature))
+        return [list(islice(completions, count)) for count in counts]
+
+    def update_weights(self, model):
+        """From now on, sample with the weights that `model` has now."""
+
+    def shut_down(self):
+        """End the engines."""
+
+
+class TransformersSampler(Sampler):
+    """Samples with the model in training itself. Samples of a prompt that are the same so far share
+    a row of the batch: many samples of a model that is sure of itself cost little more than one.
+    tokens: most that a process computes at once, prompts and completions."""
+
+    request_size = 1024
 
     def __init__(self, accelerator, model, tokenizer, tokens=1 << 16):
-        """tokens: of all rows that a process computes at once, prompts and completions."""
         self.accelerator, self.tokenizer, self.tokens = accelerator, tokenizer, tokens
         self.model = accelerator.unwrap_model(model)
 
-    def generate(self, prompts, n, max_new_tokens, seeds=None, temperature=1.0):
-        """n Completions of each prompt, the same on every process. n: an int, or one per prompt.
-        seeds: one per prompt; None is greedy. Samples do not depend on what else is sampled."""
+    def _sample(self, requests, max_new_tokens, temperature):
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         if any(hasattr(weight, "ds_id") for weight in self.model.parameters()):
             world, rank = 1, 0  # under ZeRO-3 all processes have to compute the same
-        counts = [n] * len(prompts) if isinstance(n, int) else n
-        seeds = [None] * len(prompts) if seeds is None else seeds
-        jobs = list(zip(prompts, counts, seeds, strict=True))
-        length = max(map(len, prompts), default=0) + max_new_tokens
-        found, batch, rows = [], [], 0
-        for job in jobs[rank::world]:
-            if batch and (rows + job[1]) * length > self.tokens:
-                found += self._sample(batch, max_new_tokens, temperature)
-                batch, rows = [], 0
-            batch, rows = [*batch, job], rows + job[1]
-        found += self._sample(batch, max_new_tokens, temperature) if batch else []
+        most = [count * (len(prompt) + max_new_tokens) for prompt, count, _ in requests]
+        found, training = {}, self.model.training
+        self.model.eval()
+        for ids in make_rounds(range(len(requests)), lambda i: most[i], world, self.tokens):
+            if share := ids[rank::world]:
+                batch = [requests[i] for i in share]
+                completions = self._sample_batch(batch, max_new_tokens, temperature)
+                found.update(zip(share, completions, strict=True))
+        self.model.train(training)
         if world > 1:
-            shares = accelerate.utils.gather_object([found])
-            found = [shares[i % world][i // world] for i in range(len(prompts))]
-        return found
+            found = dict(ChainMap(*accelerate.utils.gather_object([found])))
+        return [found[i] for i in range(len(requests))]
 
     @torch.no_grad()
-    def _sample(self, jobs, max_new_tokens, temperature):
-        """jobs: (prompt, count, seed). Returns a list of Completions for each."""
-        device, eos = next(self.model.parameters()).device, self.tokenizer.eos_token_id
-        inputs = self.tokenizer.pad(
-            {"input_ids": [prompt for prompt, _, _ in jobs]},
-            padding_side="left",
-            return_tensors="pt",
-        ).to(device)
-        mask = inputs["attention_mask"]  # [rows, T]; a row: samples that are the same so far
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        owner = np.repeat(np.arange(len(jobs)), [count for _, count, _ in jobs])  # [samples]
-        generators = [None if seed is None else np.random.default_rng(seed) for *_, seed in jobs]
-        row, alive = owner.copy(), np.arange(len(owner))  # of each sample; those not ended yet
-        token_ids, log_prob = [[] for _ in owner], np.zeros(len(owner))
-        cache = None
-        self.model.eval()
-        for _ in range(max_new_tokens):
-            output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            log_p = (output.logits[:, -1].double() / temperature).log_softmax(-1).cpu()  # [rows, V]
-            # Inverse transform: the token at which the cumulated probability passes a uniform u.
-            ends = log_p.exp().cumsum(-1)
-            ends /= ends[:, -1:].clone()
-            u = [np.zeros(count) if rng is None else rng.random(count)
-                 for (_, count, _), rng in zip(jobs, generators, strict=True)]  # fmt: skip
-            place = torch.from_numpy(np.concatenate(u)[alive] + row[alive])
-            ends = (ends + torch.arange(len(ends))[:, None]).flatten()
-            token = (
-                torch.searchsorted(ends, place, right=True).numpy() - row[alive] * log_p.shape[1]
+    def _sample_batch(self, requests, max_new_tokens, temperature):
+        """Return a list of Completions for each request (prompt, count, seed)."""
+        prompts, counts, _ = zip(*requests, strict=True)
+        device, eos, cache = self.accelerator.device, self.tokenizer.eos_token_id, None
+        batch = {"input_ids": prompts}
+        batch = self.tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(device)
+        inputs, mask = batch["input_ids"], batch["attention_mask"]  # [rows, T]
+        # A row holds the samples that are the same so far: row[i] is that of sample alive[i].
+        row = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(device)
+        alive = torch.arange(len(row), device=device)
+        draws = [np.random.default_rng(seed).random((n, max_new_tokens)) for _, n, seed in requests]
+        uniform = torch.from_numpy(np.concatenate(draws)).to(device)
+        token_ids = torch.full(uniform.shape, eos, device=device)
+        log_prob = torch.zeros_like(uniform[:, 0])
+        for step in range(max_new_tokens):
+            output = self.model(
+                input_ids=inputs,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
             )
-            greedy = np.array([generators[i] is None for i in owner[alive]])
-            token = np.where(greedy, log_p.argmax(-1).numpy()[row[alive]], token)
-            log_prob[alive] += log_p.numpy()[row[alive], token]
-            for sample, one in zip(alive, token.tolist(), strict=True):
-                token_ids[sample].append(one)
-            going_on = token != eos
-            alive, token = alive[going_on], token[going_on]
+            cache, logits = output.past_key_values, output.logits[:, -1].double()  # [rows, V]
+            log_p = (logits / (temperature or 1.0)).log_softmax(-1)
+            vocabulary = log_p.shape[1]
+            if temperature == 0:
+                token = log_p.argmax(-1)[row]
+            else:  # inverse transform: the token at which the cumulative probability passes uniform
+                ends = log_p.exp().cumsum(-1)
+                ends = ends / ends[:, -1:] + torch.arange(len(ends), device=device)[:, None]
+                place = torch.searchsorted(ends.flatten(), row + uniform[alive, step], right=True)
+                token = (place - row * vocabulary).clamp(max=vocabulary - 1)
+            log_prob[alive] += log_p[row, token]
+            token_ids[alive, step] = token
+            alive, row, token = (one[token != eos] for one in (alive, row, token))
             if not len(alive):
                 break
-            # Samples of one row and token share a row from here on.
-            pairs = np.stack([row[alive], token])
-            (parents, tokens), row[alive] = np.unique(pairs, axis=1, return_inverse=True)
-            parents = torch.from_numpy(parents).to(device)
-            cache.batch_select_indices(parents)
-            mask = torch.nn.functional.pad(mask[parents], (0, 1), value=1)
-            inputs = {"input_ids": torch.from_numpy(tokens).to(device)[:, None]}
-            inputs |= {"attention_mask": mask, "position_ids": mask.sum(-1, keepdim=True) - 1}
-        self.model.train()
-        completions = [Completion(*one) for one in zip(token_ids, log_prob.tolist(), strict=True)]
-        starts = np.cumsum([0] + [count for _, count, _ in jobs])
-        return [completions[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+            # Samples of one row and one token share a row from here on.
+            keys, row = torch.unique(row * vocabulary + token, return_inverse=True)
+            cache.batch_select_indices(keys // vocabulary)
+            mask = torch.nn.functional.pad(mask[keys // vocabulary], (0, 1), value=1)
+            inputs = keys[:, None] % vocabulary
+        found = (
+            Completion(ids[: ids.index(eos) + 1] if eos in ids else ids, value)
+            for ids, value in zip(token_ids.tolist(), log_prob.tolist(), strict=True)
+        )
+        return [list(islice(found, count)) for count in counts]
+
+
+class VLLMEngines(Sampler):
+    """vLLM engines on the GPUs of the training processes, each in a Ray actor (App. B). New weights
+    go by vLLM's own worker methods: on GPUs each process copies its weights, half a GiB at a time,
+    and the engine on the same GPU opens the copies (CUDA IPC). On a CPU, where there is one engine,
+    they go through Ray. The training processes never import vLLM."""
+
+    request_size = 256  # so that a prompt's samples are spread over the engines
+    limit_minutes = 60  # of every wait
+
+    def __init__(self, args, accelerator, checkpoint, tokenizer, max_length, model=None):
+        self.accelerator, self.cuda = accelerator, accelerator.device.type == "cuda"
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.logs, self.gpus, self.engines = args.out.absolute(), args.gpus_per_engine, []
+        settings = {
+            "model": os.path.abspath(checkpoint) if os.path.isdir(checkpoint) else checkpoint,
+            "load_format": "auto" if model is None else "dummy",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "max_model_len": max_length,
+            "max_num_batched_tokens": max(8192, max_length),
+            "gpu_memory_utilization": args.gpu_memory,
+            "tensor_parallel_size": self.gpus,
+            "weight_transfer_config": {"backend": "ipc"},
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",  # the checkpoint's may ask for top-k or a temperature
+            "enforce_eager": not self.cuda,
+            # A prompt cut in two would need a seeded generator that can go back: a CPU's cannot.
+            "enable_chunked_prefill": self.cuda,
+        }
+        all_gpus = torch.cuda.device_count() if model is None else accelerator.num_processes
+        if self.cuda and all_gpus % self.gpus:
+            fail(f"--gpus-per-engine {self.gpus} does not divide the {all_gpus} GPUs")
+        count = all_gpus // self.gpus if self.cuda else 1
+        on_main(accelerator, self._start, count, tokenizer.eos_token_id, settings)
+        if model is not None:
+            self.update_weights(model)
+
+    def _start(self, count, *inputs):
+        self.ray = start_ray()
+        actor = self.ray.remote(Engine).options(num_cpus=0, num_gpus=self.gpus if self.cuda else 0)
+        self.engines = [actor.remote(self.logs, i, count, *inputs) for i in range(count)]
+        self._ask("starting", "__ray_ready__")
+
+    def _ask(self, doing, method, *inputs):
+        """Call a method of every engine. An error shows the last lines of the engines' logs."""
+        try:
+            calls = [getattr(engine, method).remote(*inputs) for engine in self.engines]
+            return self.ray.get(calls, timeout=60 * self.limit_minutes)
+        except self.ray.exceptions.RayError as error:  # the time limit, too
+            lines = [f"an engine failed while {doing}: {str(error).strip().splitlines()[-1]}"]
+        for log in sorted(self.logs.glob("engine-*.log")):
+            lines += [f"--- the end of {log}", *log.read_text(errors="replace").splitlines()[-15:]]
+        raise RuntimeError("\n".join(line[:300] for line in lines))
+
+    def _sample(self, requests, *settings):
+        found = on_main(self.accelerator, self._ask, "sampling", "generate", requests, *settings)
+        return [found[i % len(found)][i // len(found)] for i in range(len(requests))]
 
     def update_weights(self, model):
-        """Nothing to do: the weights are the model's own."""
+        def call_workers(*inputs):
+            on_main(self.accelerator, self._ask, "taking over weights", "call_workers", *inputs)
+
+        chunks = weight_chunks(self.accelerator.unwrap_model(model), self.dtype)
+        if not self.cuda:
+            call_workers("reload_weights", [*chain(*chunks)])
+            return
+        call_workers("start_weight_update")
+        for chunk in chunks:
+            call_workers("update_weights", self._export(chunk))
+            torch.cuda.ipc_collect()  # frees the copies that the engines have read
+        call_workers("finish_weight_update")
+
+    def _export(self, chunk):
+        """What vLLM's "ipc" backend takes: of each weight a {GPU: handle of the copy on it}."""
+        gpu = str(torch.cuda.get_device_properties(self.accelerator.device).uuid)
+        handles = [{gpu: reduce_tensor(weight)[1]} for _, weight in chunk]
+        torch.cuda.synchronize()
+        handles = zip(*accelerate.utils.gather_object([handles]), strict=True)  # by weight
+        return {
+            "names": [name for name, _ in chunk],
+            "dtype_names": [str(weight.dtype).removeprefix("torch.") for _, weight in chunk],
+            "shapes": [list(weight.shape) for _, weight in chunk],
+            "ipc_handles": [dict(ChainMap(*of_all_processes)) for of_all_processes in handles],
+        }
 
     def shut_down(self):
-        """Nothing to end."""
+        for engine in self.engines:
+            self.ray.kill(engine)
+        self.engines = []
+
+
+def weight_chunks(model, dtype, chunk_bytes=1 << 29):
+    """Yield lists of (name, copy). Under ZeRO-3, all processes iterate together."""
+    chunk = []
+    # Not named_parameters(): that leaves out a tied head, and an engine may keep one of its own.
+    for name, weight in model.state_dict(keep_vars=True).items():
+        whole = nullcontext()
+        if hasattr(weight, "ds_id"):  # ZeRO-3 has split it over the processes
+            import deepspeed
+
+            whole = deepspeed.zero.GatheredParameters([weight])
+        with whole:
+            chunk.append((name, weight.detach().to(dtype, copy=True)))
+        if sum(copy.nbytes for _, copy in chunk) >= chunk_bytes:
+            yield chunk
+            chunk = []
+    yield chunk
+
+
+class Engine:
+    """Runs in a Ray actor: one vLLM engine."""
+
+    def __init__(self, logs, index, count, eos, settings):
+        self.index, self.count, self.eos = index, count, eos
+        with open(logs / f"engine-{index}.log", "a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        for name in list(os.environ):  # the launcher's group of training processes is not its own
+            if re.fullmatch("(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_.*|TORCHELASTIC_.*", name):
+                del os.environ[name]
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no process between actor and engine
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        import vllm
+
+        self.vllm, self.llm = vllm, vllm.LLM(**settings)
+
+    def call_workers(self, method, *inputs):
+        """Call a method of vLLM's worker on each GPU of this engine."""
+        self.llm.collective_rpc(method, args=inputs)
+        self.llm.reset_prefix_cache()  # its keys and values may be of other weights
+
+    def generate(self, requests, max_new_tokens, temperature):
+        """Return a list of Completions for each of this engine's requests (prompt, count, seed)."""
+        settings = {
+            "temperature": temperature,
+            "max_tokens": max_new_tokens,
+            "ignore_eos": True,  # of those that the model's configuration may name
+            "stop_token_ids": [self.eos],
+            "logprobs": 0,  # of the token drawn, no others
+            "detokenize": False,
+        }
+        prompts, params = [], []
+        for prompt, count, seed in requests[self.index :: self.count]:  # sample i has seed + i
+            prompts.append({"prompt_token_ids": prompt})
+            params.append(self.vllm.SamplingParams(n=count, seed=seed, **settings))
+        outputs = self.llm.generate(prompts, params, use_tqdm=False) if prompts else []
+        return [
+            [Completion(list(one.token_ids), one.cumulative_logprob) for one in output.outputs]
+            for output in outputs
+        ]
+
+
+def start_ray():
+    """Connect to the Ray cluster RAY_ADDRESS, or start one that ends with this process."""
+    import ray  # only vLLM and proof search need it
+
+    if not ray.is_initialized():
+        handler = signal.getsignal(signal.SIGTERM)
+        address = os.environ.get("RAY_ADDRESS", "local")
+        ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="error")
+        signal.signal(signal.SIGTERM, handler)  # Ray has put its own in place
+    return ray
