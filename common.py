@@ -279,11 +279,15 @@ class Refill:
     only those that replace the rejected.
     """
 
-    def __init__(self, size, batch_size, accept, rounds, seed, straight_above=1.0, processes=1):
+    def __init__(
+        self, size, batch_size, accept, rounds, seed, straight_above=1.0, processes=1, spare=-1.0
+    ):
         """size: number of examples. accept: values [n, …] -> bool [n]. rounds: ids -> lists of ids,
-        one list per forward. straight_above: (k-1)/k, or 1 to score always."""
+        one list per forward. straight_above: (k-1)/k, or 1 to score always. spare: how many more
+        than are needed to score at once, in √(number needed); above 0, few calls are the aim."""
         self.size, self.batch_size, self.accept, self.rounds = size, batch_size, accept, rounds
         self.seed, self.straight_above, self.processes = seed, straight_above, processes
+        self.spare = spare
         self.epoch, self.position, self.order, self.rate = 0, 0, [], 1.0
 
     def state_dict(self):
@@ -305,7 +309,7 @@ class Refill:
         straight = self.rate > self.straight_above
         while len(accepted) < self.batch_size and self.position < len(self.order):
             room = self.batch_size - len(accepted)
-            need = max(room - sqrt(room), 1) / self.rate  # what is scored in vain is lost
+            need = max(room + self.spare * sqrt(room), 1) / self.rate  # the surplus is lost
             count = room if straight else self.processes * ceil(need / self.processes)
             ids = self.order[self.position : self.position + count]
             new = self.train(ids, forward) if straight else score(ids)
@@ -875,8 +879,8 @@ def evaluate_by_sampling(sampler, grader, tokenizer, examples, golds, args):
 
 
 # ---- Sampling: vLLM engines beside the trainer (App. B), or the model in training itself ---------
-# token_ids end with the end-of-sequence token unless the limit came first. log_prob: the sampler's
-# own, for comparison only: p for DCO always comes from `log_probs`.
+# token_ids end with the end-of-sequence token unless the limit came first. log_prob is for
+# comparison only: p for DCO always comes from `log_probs`.
 Completion = namedtuple("Completion", ["token_ids", "log_prob"])
 
 
@@ -896,8 +900,7 @@ class Sampler:
 
     def generate(self, prompts, n, max_new_tokens, seeds=None, temperature=1.0):
         """Return n Completions of each prompt, the same on every process. n: an int, or one per
-        prompt. seeds: one per prompt (`seed_of`); None is greedy. A prompt's samples depend on its
-        seed alone, not on what is sampled beside it."""
+        prompt. seeds: one per prompt, on which alone its samples depend; None is greedy."""
         counts = [n] * len(prompts) if isinstance(n, int) else n
         if seeds is None:
             seeds, temperature = [0] * len(prompts), 0.0
@@ -984,8 +987,10 @@ class TransformersSampler(Sampler):
                 break
             # Samples of one row and one token share a row from here on.
             keys, row = torch.unique(row * vocabulary + token, return_inverse=True)
-            cache.batch_select_indices(keys // vocabulary)
-            mask = torch.nn.functional.pad(mask[keys // vocabulary], (0, 1), value=1)
+            parents = keys // vocabulary
+            if not torch.equal(parents, torch.arange(len(mask), device=device)):
+                cache.batch_select_indices(parents)
+            mask = torch.nn.functional.pad(mask[parents], (0, 1), value=1)
             inputs = keys[:, None] % vocabulary
         found = (
             Completion(ids[: ids.index(eos) + 1] if eos in ids else ids, value)
@@ -1023,9 +1028,9 @@ class VLLMEngines(Sampler):
             "enable_chunked_prefill": self.cuda,
         }
         all_gpus = torch.cuda.device_count() if model is None else accelerator.num_processes
-        if self.cuda and all_gpus % self.gpus:
+        count, left = divmod(all_gpus, self.gpus) if self.cuda else (1, 0)
+        if left:
             fail(f"--gpus-per-engine {self.gpus} does not divide the {all_gpus} GPUs")
-        count = all_gpus // self.gpus if self.cuda else 1
         on_main(accelerator, self._start, count, tokenizer.eos_token_id, settings)
         if model is not None:
             self.update_weights(model)
@@ -1089,12 +1094,7 @@ def weight_chunks(model, dtype, chunk_bytes=1 << 29):
     chunk = []
     # Not named_parameters(): that leaves out a tied head, and an engine may keep one of its own.
     for name, weight in model.state_dict(keep_vars=True).items():
-        whole = nullcontext()
-        if hasattr(weight, "ds_id"):  # ZeRO-3 has split it over the processes
-            import deepspeed
-
-            whole = deepspeed.zero.GatheredParameters([weight])
-        with whole:
+        with accelerate.utils.GatheredParameters([weight]):  # no-op but under ZeRO-3
             chunk.append((name, weight.detach().to(dtype, copy=True)))
         if sum(copy.nbytes for _, copy in chunk) >= chunk_bytes:
             yield chunk
