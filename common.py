@@ -256,7 +256,7 @@ def load_from_hub(name, split, required):
         splits = datasets.load_dataset(name)
     except Exception as error:
         fail(f"{name} is no folder or file, and not to be loaded from the hub ({error})")
-    if split not in splits and (len(splits) > 1 or split == "train"):
+    if split not in splits and (len(splits) > 1 or split == "train" or not required):
         return fail(f"{name} has the splits {sorted(splits)}, not {split}") if required else []
     rows = splits[split] if split in splits else next(iter(splits.values()))  # AIME24: one split
     return [(f"{name}/{split}:{i}", row) for i, row in enumerate(rows, start=1)]
@@ -479,7 +479,11 @@ def load_tokenizer(model):
     transformers.logging.disable_progress_bar()
     if not Path(model).is_dir() and not re.fullmatch(r"[^./~][^/]*/[^/]*", model):
         fail(f"{model}: there is no such folder")
-    tokenizer = from_pretrained(transformers.AutoTokenizer, model)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        fail(f"{model} cannot be loaded: {reason} (offline? gated: run `hf auth login`)")
     if tokenizer.eos_token_id is None:
         fail(f"{model}: the tokenizer has no end-of-sequence token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # only sampling pads
@@ -488,19 +492,11 @@ def load_tokenizer(model):
 
 def load_config(model):
     """With dropout off: p must be that of the model that is sampled, in every forward of a step."""
-    config = from_pretrained(transformers.AutoConfig, model)
+    config = transformers.AutoConfig.from_pretrained(model)
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
-
-
-def from_pretrained(kind, model, **settings):
-    try:
-        return kind.from_pretrained(model, **settings)
-    except (OSError, ValueError) as error:
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        fail(f"{model} cannot be loaded: {first_line} (offline? gated: run `hf auth login`)")
 
 
 def load_model(model, tokenizer, dtype=torch.float32, seed=0, accelerator=None):
@@ -515,8 +511,9 @@ def load_model(model, tokenizer, dtype=torch.float32, seed=0, accelerator=None):
         if plugin:
             plugin.set_deepspeed_weakref()
     else:
-        settings = {"config": config, "dtype": dtype, "use_safetensors": True}
-        loaded = from_pretrained(transformers.AutoModelForCausalLM, model, **settings)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            model, config=config, dtype=dtype, use_safetensors=True
+        )
     loaded.generation_config = transformers.GenerationConfig(  # sampling from p̂, not its top 50
         do_sample=True,
         top_k=0,
@@ -1011,7 +1008,8 @@ class VLLMEngines(Sampler):
     def __init__(self, args, accelerator, checkpoint, tokenizer, max_length, model=None):
         self.accelerator, self.cuda = accelerator, accelerator.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        self.logs, self.gpus, self.engines = args.out.absolute(), args.gpus_per_engine, []
+        self.gpus = args.gpus_per_engine if self.cuda else 1
+        self.logs, self.engines = args.out.absolute(), []
         settings = {
             "model": os.path.abspath(checkpoint) if os.path.isdir(checkpoint) else checkpoint,
             "load_format": "auto" if model is None else "dummy",

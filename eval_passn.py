@@ -151,8 +151,7 @@ def measure(args, accelerator, checkpoint, record, temperature, rows):
     name = checkpoint + (f", T = {temperature:g}" if temperature != 1 else "")
     result = settings | {"name": name, "checkpoint": checkpoint, "temperature": temperature}
     result |= {"n": args.n, "max_new_tokens": record["max_new_tokens"] or longest}
-    dropped = f", dropped and counted as unsolved: {dropped}" if dropped else ""
-    accelerator.print(f"{name}: {len(rows):,} problems of {args.data}{dropped}")
+    accelerator.print(f"{name}: {len(rows):,} problems, dropped and so unsolved: {dropped or 0}")
     columns = score(args, accelerator, tokenizer, examples, result) if direct else {}
     torch.cuda.empty_cache()  # engines take most of the memory
     if args.n:
@@ -290,16 +289,16 @@ def sampling_error(n, c, k, resamples=500):
 def print_tables(results, args):
     """Print coverage, its 95 % intervals, and differences from the first result, in percent."""
     narrow = " (too narrow: fewer than 100)" if len(results[0]["answer"]) < 100 else ""
-    for kind, how in (("exact", "exact"), ("sampled", f"from {args.n} samples")):
+    for kind, how in (("exact", "exact"), ("sampled", f"{args.n} samples")):
         measured = {result["name"]: result[kind] for result in results if kind in result}
         error = ", samples ± {error:.2f}" if kind == "sampled" else ""
-        tables = {f"pass@N in percent, {how}": "{pass:.1f}"}
+        tables = {"pass@N in percent": "{pass:.1f}"}
         tables[f"95 % over problems{narrow}"] = "{low:.1f} to {high:.1f}" + error
         if len(measured) > 1:
             title = f"less {next(iter(measured))}, paired{narrow}"
             tables[title] = "{pass_difference:+.1f} [{low_difference:+.1f}, {high_difference:+.1f}]"
         for title, cell in tables.items() if measured else []:
-            print(f"\n| {title} | " + " | ".join(f"pass@{n}" for n in args.ns) + " |")
+            print(f"\n| {title}, {how} | " + " | ".join(f"pass@{n}" for n in args.ns) + " |")
             print("|---" * (len(args.ns) + 1) + "|")
             for name, estimates in measured.items():
                 cells = [cell.format(**estimates[n]) for n in args.ns]
@@ -325,13 +324,14 @@ def draw(panels, path):
                 axis.fill_between(x, *interval, color=color, alpha=0.15)
         if panel.get("envelope"):
             largest = np.max([[point[1] for point in one] for one in curves.values()], axis=0)
-            axis.plot(x, largest, color="0.8", linewidth=8, zorder=0, label="Pareto envelope")
+            axis.plot(x, largest, color="0.8", linewidth=6, zorder=0, label="Pareto envelope")
         if histogram:
             style = {"label": list(histogram), "color": ["#0072B2", "#E69F00"], "stacked": True}
             axis.hist(list(histogram.values()), np.linspace(0, 1, 21), **style)
         axis.set(**panel["axes"])
         axis.title.set_size(8)
         axis.grid(alpha=0.25)
+        axis.minorticks_off()
         if axis.get_ylim()[0] < 0:
             axis.axhline(0, color="0.4", linewidth=0.8)
         if "" not in curves:
@@ -356,12 +356,13 @@ def draw_results(results, args):
         axes = {"xlabel": "rank of confidence", "ylabel": "right (%)"}
         figures["figure-12"] = [{"axes": axes, "curves": curves}]
     figures["confidence"] = []
+    highest = max(np.histogram(one["confidence"], 20, (0, 1))[0].max() for one in results) + 1
     for result in results:
         histogram = {"right": [], "wrong": []}
         for confidence, right in zip(result["confidence"], result["answer_right"], strict=True):
             histogram["right" if right else "wrong"].append(confidence)
         axes = {"title": f"{result['name']}\nmean {np.mean(result['confidence']):.2f}"}
-        axes |= {"xlabel": "confidence in the answer", "ylabel": "problems"}
+        axes |= {"xlabel": "confidence in the answer", "ylabel": "problems", "ylim": (0, highest)}
         figures["confidence"].append({"axes": axes, "histogram": histogram})
     return [draw(panels, args.out / f"{name}-{args.name}.png") for name, panels in figures.items()]
 
@@ -464,7 +465,7 @@ def figure_5(args, n=256):
             mean, deviation = float(np.mean(found)), float(np.std(found))
             points.append((level, mean, mean - deviation, mean + deviation))
         ylabel = rf"$\nabla_g$ of the test loss, N = {n}"
-        panels.append(level_panel(f"{title}, batches of {size}", ylabel, points))
+        panels.append(level_panel(f"{title},\nbatches of {size}", ylabel, points))
     return panels
 
 
@@ -472,13 +473,12 @@ def figure_13(args, n=256):
     """Confidence and F by level on unseen training data: the median and the quartiles."""
     panels = []
     for title, accelerator, model, levels, _ in unseen_by_level(args):
-        confidence, factor = [], []
+        p, factor = [], []
         for level, unseen in levels.items():
             log_p = common.score(accelerator, model, unseen, args.micro_batch_tokens).cpu()
-            factors = common.dco_factor(log_p, n)
-            confidence.append((level, *np.quantile(log_p.exp(), [0.5, 0.25, 0.75]).tolist()))
-            factor.append((level, *np.quantile(factors, [0.5, 0.25, 0.75]).tolist()))
-        panels.append(level_panel(title, "p(y|x), quartiles", confidence, yscale="log"))
+            for points, values in ((p, log_p.exp()), (factor, common.dco_factor(log_p, n))):
+                points.append((level, *np.quantile(values, [0.5, 0.25, 0.75]).tolist()))
+        panels.append(level_panel(title, "p(y|x), quartiles", p, yscale="log"))
         panels.append(level_panel(title, f"F({n}, p), quartiles", factor, ylim=(0, 1.02)))
     return panels
 

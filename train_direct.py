@@ -212,7 +212,7 @@ def main(argv=None):
                     break
                 grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.clip))
                 if not math.isfinite(grad_norm):
-                    common.fail(f"step {run.step + 1}: the gradient norm is {grad_norm}")
+                    common.fail(f"the gradient norm is {grad_norm}: training diverged. Lower --lr")
                 optimizer.step()
                 optimizer.zero_grad()
 

@@ -26,7 +26,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +42,6 @@ import eval_passn  # noqa: E402
 import train_lean_step  # noqa: E402
 
 TINY, ARITHMETIC = str(ROOT / "examples/tiny_llama"), str(ROOT / "examples/arithmetic")
-COVERAGES = ["pass@1", "pass@16", "pass@256", "pass@4096"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 LR = 1e-4
 
@@ -86,7 +84,10 @@ def main(argv=None):
     elif not torch.cuda.is_available():
         common.fail("PyTorch finds no CUDA GPU; --device cpu tries the checks on a CPU")
     if args.child:
-        return make_check(args)
+        numbers = CHECKS[args.child](args, args.out / args.child)
+        if os.environ.get("RANK", "0") == "0":
+            (args.out / args.child / "numbers.json").write_text(json.dumps(numbers))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     if args.study == "start":
         start_study(args)
@@ -94,13 +95,12 @@ def main(argv=None):
         return print(study_table(args))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the check that runs
     path = args.out / "results.json"
-    results = json.loads(path.read_text())["checks"] if path.exists() else {}
+    results = json.loads(path.read_text()) if path.exists() else {}
     for name in args.only:
         result = make_study(args) if name == "study" else run_check(args, name, argv)
         print(f"{name}: {result['status']}: {result['reason']}", flush=True)
         results[name] = result
-        packages = {one.name: one.version for one in distributions()}
-        path.write_text(json.dumps({"checks": results, "packages": packages}, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")
     return int(any(results[name]["status"] == "failed" for name in args.only))
 
 
@@ -143,11 +143,11 @@ def load(folder, device="cpu"):
     return model.to(device).eval()
 
 
-def inspect(args, run, model, numbers, rows=(), template="direct", n=1, lr=LR, most=2.2):
+def inspect(args, run, model, rows=(), template="direct", n=1, lr=LR, most=2.2):
     """Demand of two steps that all is finite, that weights move by 0.5 to `most` learning rates, as
     with AdamW, and that log p is that of a float32 forward: by the mean ℓ_DCO^n of the first step's
-    examples. rows: the data's, in its order."""
-    steps, tokenizer = read_lines(run / "metrics.jsonl"), common.load_tokenizer(str(model))
+    examples. rows: the data's, in its order. Returns {name: what was measured}."""
+    steps, numbers = read_lines(run / "metrics.jsonl"), {}
     assert len(steps) == 2, f"{len(steps)} steps, not 2"
     for step in steps:
         for name in ("loss", "grad_norm", "seconds"):
@@ -158,6 +158,7 @@ def inspect(args, run, model, numbers, rows=(), template="direct", n=1, lr=LR, m
     moved = max((after[k] - v).abs().max().item() for k, v in before.state_dict().items())
     assert 0.5 * lr <= moved <= most * lr, f"weights moved by up to {moved:.2g} with lr {lr:g}"
     if rows:
+        tokenizer = common.load_tokenizer(str(model))
         examples, _ = common.encode(rows, tokenizer, before.config, template)
         chosen = [example for example in examples if example.id in steps[0]["ids"]]
         with torch.no_grad():
@@ -167,28 +168,24 @@ def inspect(args, run, model, numbers, rows=(), template="direct", n=1, lr=LR, m
         allowed = abs(expected) / 100 + 0.1 if args.device == "cuda" else abs(expected) / 10000
         numbers |= {"found": found, "expected": expected, "allowed": allowed}
         assert abs(found - expected) <= allowed, f"{found} is {expected} by a float32 forward"
-    return text_of(numbers)
+    return numbers
 
 
-def text_of(numbers):
-    return json.dumps({name: float(f"{x:.3g}") for name, x in numbers.items()}).strip("{}")
-
-
-def check_direct(args, numbers, folder):
+def check_direct(args, folder):
     data, rows = write_problems(args.data, folder, 192)
     flags = ["--n-prime", 64, "--batch-size", 16]
     run = two_steps("train_direct.py", folder, args.model, data, *flags)
-    return inspect(args, run, args.model, numbers, rows, n=64)
+    return inspect(args, run, args.model, rows, n=64)
 
 
-def check_cot(args, numbers, folder):
+def check_cot(args, folder):
     data, rows = write_problems(args.data, folder, 192)
     flags = ["--n-mc", 8, "--max-new-tokens", 64, "--batch-size", 16, "--gpus-per-engine", 1]
     run = two_steps("train_cot_dcoa.py", folder, args.model, data, *flags, "--eval-problems", 0)
-    return inspect(args, run, args.model, numbers, rows, "cot")
+    return inspect(args, run, args.model, rows, "cot")
 
 
-def check_grpo(args, numbers, folder):
+def check_grpo(args, folder):
     """With the embedded model, warmed up: one that never writes the format makes no step."""
     data, _ = write_problems(ARITHMETIC, folder, 32)
     same = ["--preset", "laptop", "--template", "r1-short", "--eval-problems", 0]
@@ -198,15 +195,15 @@ def check_grpo(args, numbers, folder):
     model, flags = folder / "warm/epoch-40", ["--rollouts", 8, "--batch-size", 4]
     flags += ["--max-new-tokens", 64, "--gpus-per-engine", 1]
     run = two_steps("train_grpo.py", folder, model, data, *same, *flags)
-    return inspect(args, run, model, numbers)
+    return inspect(args, run, model)
 
 
-def check_lean(args, numbers, folder):
+def check_lean(args, folder):
     data, prover = ROOT / "examples/propositional", ROOT / "examples/tiny_prover"
     flags = ["--preset", "laptop", "--n-eff", 8]
     run = two_steps("train_lean_step.py", folder, prover, data, *flags)
     rows = train_lean_step.load_steps([data / "train.json"])
-    return inspect(args, run, prover, numbers, rows, "lean", n=8)
+    return inspect(args, run, prover, rows, "lean", n=8)
 
 
 # ---- Loss, packing, memory -----------------------------------------------------------------------
@@ -234,9 +231,9 @@ def compare(found, expected):
     return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
-def check_loss(args, numbers, folder):
+def check_loss(args, folder):
     """Against float64 on the CPU, one by one, with Np far above and far below 1."""
-    model, reference = load(TINY, args.device), load(TINY).double()
+    model, reference, numbers = load(TINY, args.device), load(TINY).double(), {}
     rows = common.load_problems(ARITHMETIC, "train")[:24]
     examples, _ = common.encode(rows, common.load_tokenizer(TINY), model.config, "cot")
     for i, example in enumerate(examples):
@@ -247,13 +244,13 @@ def check_loss(args, numbers, folder):
             error = compare(compute(model, [examples], n, kind == "bf16"), expected)
             numbers[f"{kind}, N' = {n}"] = error
             assert error <= allowed, f"{kind}, N' = {n}: off by {error:.2g}, allowed {allowed:g}"
-    return text_of(numbers)
+    return numbers
 
 
-def check_packing(args, numbers, folder):
+def check_packing(args, folder):
     """Rows of several lengths against single examples, in bf16 on a GPU; there also with cuDNN's
     attention, which make_accelerator switches off: that is reported and cannot fail."""
-    cuda, model = args.device == "cuda", load(args.model, args.device)
+    cuda, model, numbers = args.device == "cuda", load(args.model, args.device), {}
     context, size = model.config.max_position_embeddings, model.config.vocab_size
     for cudnn in ("without cuDNN", "with cuDNN") if cuda else ("without cuDNN",):
         torch.backends.cuda.enable_cudnn_sdp(cudnn == "with cuDNN")
@@ -268,10 +265,10 @@ def check_packing(args, numbers, folder):
             allowed = 2e-2 if cuda else 1e-5
             fine = cudnn == "with cuDNN" or error <= allowed
             assert fine, f"{total} tokens: off by {error:.2g}, allowed {allowed:g}"
-    return text_of(numbers)
+    return numbers
 
 
-def check_logits(args, numbers, folder):
+def check_logits(args, folder):
     """Peak memory of log p and its gradient for answers of 10 tokens, and of 209: all logits."""
     config = common.load_config(TINY)
     config.vocab_size = 128_256
@@ -283,32 +280,33 @@ def check_logits(args, numbers, folder):
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
 
     common.log_probs(model, [common.Example(0, [5], [7])]).sum().backward()  # makes the gradients
-    before = peak()
+    before, numbers = peak(), {}
     for answer in (10, 209):
         examples = [common.Example(i, [5] * (210 - answer), [7] * answer) for i in range(8)]
         common.log_probs(model, examples).sum().backward()
         numbers[f"MiB, answers of {answer}"] = peak() - before
     used, used_by_all = numbers.values()
     assert used < 0.2 * used_by_all, f"{used:,.0f} MiB, with all logits {used_by_all:,.0f}"
-    return text_of(numbers)
+    return numbers
 
 
 # ---- DeepSpeed, vLLM, speed ----------------------------------------------------------------------
-def check_zero(args, numbers, folder):
+def check_zero(args, folder):
     """DeepSpeed in one process takes the same steps. On a GPU its weights are bf16, in which only a
     larger learning rate shows."""
+    numbers = {}
     for stage in (2, 3):
         (part := folder / f"zero-{stage}").mkdir()
         data, rows = write_problems(args.data, part, 192)
         flags = ["--n-prime", 64, "--batch-size", 16, "--zero", stage]
         inputs = "train_direct.py", part, args.model, data, *flags
         run = two_steps(*inputs, lr=10 * LR, launcher=[*TORCHRUN, 1])
-        numbers[f"ZeRO-{stage}"] = found = {}
-        inspect(args, run, args.model, found, rows, n=64, lr=10 * LR, most=5)
-    return "; ".join(f"{stage}: {text_of(found)}" for stage, found in numbers.items())
+        found = inspect(args, run, args.model, rows, n=64, lr=10 * LR, most=5)
+        numbers |= {f"ZeRO-{stage} {name}": value for name, value in found.items()}
+    return numbers
 
 
-def check_vllm(args, numbers, folder, updates=50):
+def check_vllm(args, folder, updates=50):
     """An engine has the trainer's weights after each update, and memory does not grow."""
     tokenizer, accelerator = common.load_tokenizer(args.model), common.make_accelerator()
     cuda, plain = args.device == "cuda", load(args.model, accelerator.device)
@@ -335,10 +333,10 @@ def check_vllm(args, numbers, folder, updates=50):
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
         return sum(process.memory_info().rss for process in processes) / 1e9
 
-    settings = {"gpu_memory": 0.3, "gpus_per_engine": args.gpus_per_engine, "out": folder}
+    settings = {"gpu_memory": 0.3, "gpus_per_engine": args.gpus_per_engine if cuda else 1}
     inputs = accelerator, args.model, tokenizer, max(map(len, prompts)) + 32, model
     memory, seconds, errors, seeds = [gigabytes()], [], [], [*range(len(prompts))]
-    engines = common.VLLMEngines(SimpleNamespace(**settings), *inputs)
+    engines = common.VLLMEngines(SimpleNamespace(**settings, out=folder), *inputs)
     first = engines.generate(prompts, 4, 32, seeds)
     for update in range(1, updates + 1):
         torch.manual_seed(update)  # the same on every process
@@ -352,23 +350,22 @@ def check_vllm(args, numbers, folder, updates=50):
         memory.append(gigabytes())
     engines.shut_down()
     stale, allowed = error(first), 0.05 if cuda else 1e-3
-    numbers |= {"gigabytes": memory, "seconds": seconds, "errors": errors, "stale": stale}
+    print({"gigabytes": memory, "seconds": seconds, "errors": errors})
     assert max(errors) <= allowed, f"log p per token is off by {errors}, allowed {allowed:g}"
     assert stale > 3 * allowed, f"of stale weights, log p per token is off by {stale:.2g} only"
     assert memory[-1] < 1.05 * memory[10], f"memory grew from {memory[10]:.2f} to {memory[-1]:.2f}"
-    found = {"seconds of an update": sorted(seconds)[updates // 2], "error of log p": max(errors)}
-    found |= {"of stale weights": stale, "GB before": memory[0], "GB after 10": memory[10]}
-    return text_of(found | {f"GB after {updates}": memory[-1]})
+    numbers = {"seconds of an update": sorted(seconds)[updates // 2], "error of log p": max(errors)}
+    numbers |= {"of stale weights": stale, "GB before": memory[0], "GB after 10": memory[10]}
+    return numbers | {f"GB after {updates}": memory[-1]}
 
 
-def check_bench(args, numbers, folder):
+def check_bench(args, folder):
     flags = ["--device", args.device, "--model", args.model, "--data", args.data]
     flags += ["--repeat", 3] if args.device == "cuda" else ["--quick"]
     path = folder / "bench.json"
     start(folder, ROOT / "tests/bench.py", *args.bench_rows, *flags, "--out", path)
-    for result in json.loads(path.read_text())["results"]:
-        numbers[f"{result['row']}: {result['what']}"] = result.get("ratio", math.nan)
-    return text_of(numbers)
+    results = json.loads(path.read_text())["results"]
+    return {f"{one['row']}: {one['what']}": one["ratio"] for one in results if "ratio" in one}
 
 
 CHECKS = {
@@ -408,11 +405,13 @@ def run_check(args, name, argv):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # Ray's processes end with the one they serve
         process.wait()
-    reason = f"exit code {code}: {last_error(folder / 'log.txt')}"
-    reason = f"not done within {args.minutes:g} minutes" if code is None else reason
-    outcome = {"status": "failed", "reason": reason}
+    outcome = {"status": "failed", "reason": f"not done within {args.minutes:g} minutes"}
     if code == 0:
-        outcome = {"status": "ok"} | json.loads((folder / "outcome.json").read_text())
+        numbers = json.loads((folder / "numbers.json").read_text())
+        reason = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+        outcome = {"status": "ok", "reason": reason, "numbers": numbers}
+    elif code is not None:
+        outcome["reason"] = f"exit code {code}: {last_error(folder / 'log.txt')}"
     return outcome | {"seconds": round(time.monotonic() - started, 1)}
 
 
@@ -422,18 +421,6 @@ def start_process(command, log, **environment):
         settings = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
         settings |= {"env": os.environ | environment, "start_new_session": True}
         return subprocess.Popen([*map(str, command)], **settings)
-
-
-def make_check(args):
-    """Make the check --child in this process, and write outcome.json. Errors go to the log."""
-    folder, numbers = args.out / args.child, {}
-    try:
-        reason = CHECKS[args.child](args, numbers, folder)
-    finally:
-        print(json.dumps(numbers), flush=True)
-    if os.environ.get("RANK", "0") == "0":
-        outcome = {"reason": reason, "numbers": numbers}
-        (folder / "outcome.json").write_text(json.dumps(outcome))
 
 
 # ---- The study -----------------------------------------------------------------------------------
@@ -479,8 +466,7 @@ def make_study(args):
     print(study_table(args), flush=True)
     epochs = {folder.name: len(read_lines(folder / "epochs.jsonl")) for folder in folders(args)}
     if min(epochs.values()) == 0:
-        errors = {folder.name: last_error(folder / "log.txt") for folder in folders(args)}
-        return {"status": "failed", "reason": f"epochs done: {epochs}; {errors}"}
+        return {"status": "failed", "reason": f"epochs done: {epochs}; see study/*/log.txt"}
     flags = ["--data", args.data, "--temperature", "1,1.5", "--out", args.out / "study"]
     command = [sys.executable, ROOT / "eval_passn.py", *last_checkpoints(args), *flags]
     subprocess.run([*map(str, command)], check=True)
@@ -500,7 +486,7 @@ def last_checkpoints(args):
 
 def study_table(args):
     """Return what is known by now, also in study.md, and draw study-epochs.png."""
-    columns = [*COVERAGES, "greedy_confidence"]
+    columns = ["pass@1", "pass@16", "pass@256", "pass@4096", "greedy_confidence"]
     table = [f"| run | epoch | {' | '.join(columns)} |", "|---" * 7 + "|"]
     curves, lines = {name: {} for name in columns}, []
     for folder in folders(args):

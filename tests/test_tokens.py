@@ -1,307 +1,280 @@
-"""Templates, token boundaries and the collator, sampling from p̂ itself, and loading problems."""
+"""Templates, token boundaries, packed log-probabilities, and loading of problems."""
 
 import json
-import subprocess
+import runpy
+import shutil
 import sys
 
+import datasets
 import pytest
 import torch
-from conftest import ROOT
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+import transformers
+from small_runs import ROOT, TINY_LLAMA, refused, write_rows
+from tokenizers import Tokenizer, models, processors
 
 import common
+
+GOOD = {"problem": "1+1=", "answer": "2"}
 
 
 def row(problem="1+1=", answer="2", **more):
     return {"id": 0, "source": "data.jsonl:1", "problem": problem, "answer": answer} | more
 
 
-def test_boundaries_bos_once_eos_in_and_no_token_across(tokenizer):
-    (example,), dropped = common.encode([row()], tokenizer, "direct", 2048)
-    assert dropped == {}
-    assert tokenizer.convert_ids_to_tokens(example.prompt_ids) == ["<s>", "1", "+", "1", "=", "\n"]
-    assert tokenizer.convert_ids_to_tokens(example.completion_ids) == ["2", "</s>"]
-    batch = common.collate([example], 0)
-    assert batch["input_ids"].tolist() == [example.prompt_ids + example.completion_ids]
+@pytest.fixture(scope="session")
+def config():
+    return common.load_config(TINY_LLAMA)
 
 
-def merging_tokenizer(pad):
-    """A BPE tokenizer that would merge a prompt's last character with a completion's first one: "=2" is a token."""
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "1", "+", "=", "2", "=2", "\n"])}
+def make_tokenizer(post="<s> $A", eos="</s>"):
+    """A BPE tokenizer that merges "=2". post: what it adds to a text."""
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "1", "=", "2", "=2", "3"])}
     backend = Tokenizer(models.BPE(vocabulary, [("=", "2")]))
-    backend.pre_tokenizer = pre_tokenizers.Split("\n", behavior="isolated")
-    backend.decoder = decoders.Fuse()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token=pad)
+    special = [("<s>", 0), ("</s>", 1)]
+    backend.post_processor = processors.TemplateProcessing(single=post, special_tokens=special)
+    backend.add_special_tokens(["<s>", "</s>"])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token=eos
+    )
 
 
-def test_prompt_and_completion_are_tokenised_apart(monkeypatch):
-    tokenizer = merging_tokenizer("</s>")
-    monkeypatch.setitem(common.TEMPLATES, "direct", common.Template("{problem}", "{answer}", str))
-    assert tokenizer("1=2").input_ids == [0, 2, 6]  # one string would merge across the boundary
-    (example,), _ = common.encode([row("1=", "2")], tokenizer, "direct", 99)
-    assert (example.prompt_ids, example.completion_ids) == ([0, 2, 4], [5, 1])
+# ---- Tokens
 
 
-def test_layout_and_masks_where_pad_is_eos():
-    a = common.Example(0, [0, 2, 3], [5, 1])
-    b = common.Example(1, [0], [2, 2, 2, 1])
-    batch = common.collate([a, b], pad_id=1)  # pad is the same id as EOS
-    assert batch["input_ids"].tolist() == [[0, 2, 3, 5, 1, 1, 1], [1, 1, 0, 2, 2, 2, 1]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]]
-    assert batch["position_ids"].tolist()[0][:5] == [0, 1, 2, 3, 4]
-    assert batch["position_ids"].tolist()[1][2:] == [0, 1, 2, 3, 4]
-    assert batch["completion_ids"].tolist() == [[5, 1, 1, 1], [2, 2, 2, 1]]
-    assert batch["completion_mask"].tolist() == [[True, True, False, False], [True] * 4]
+@pytest.mark.parametrize(
+    "post, eos, prompt_ids",
+    [
+        ("<s> $A", "</s>", [0, 2, 3]),
+        ("<s> $A </s>", "</s>", [0, 2, 3]),
+        ("$A </s>", "</s>", [2, 3]),
+        ("<s> $A", "<s>", [0, 2, 3]),
+    ],
+    ids=["BOS", "BOS and EOS", "EOS alone", "BOS is EOS"],
+)
+def test_no_token_crosses_the_boundary_and_eos_closes_the_completion(post, eos, prompt_ids, config):
+    tokenizer = make_tokenizer(post, eos)
+    assert 5 in tokenizer("1=2").input_ids, "one text would merge over the boundary"
+    ((example,), _) = common.encode([row("1=")], tokenizer, config, "direct", "{problem}")
+    assert example.prompt_ids == prompt_ids
+    assert example.completion_ids == [4, tokenizer.eos_token_id]
 
 
-def test_log_probs_are_those_of_each_sequence_alone(tiny_model, tokenizer):
-    """Padding, other lengths in the batch and the trimmed logits change nothing, and EOS is counted."""
-    problems = [("1+1=", "2"), ("12*345=", "4140"), ("7x+1=50", "7")]
-    rows = [row(p, a) | {"id": i} for i, (p, a) in enumerate(problems)]
-    examples, _ = common.encode(rows, tokenizer, "direct", 2048)
-    for pad_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        together = common.completion_log_probs(tiny_model, common.collate(examples, pad_id))
-        assert together.dtype == torch.float32 and together.shape == (3,)
-        for example, value in zip(examples, together, strict=True):
-            ids = torch.tensor([example.prompt_ids + example.completion_ids])
-            log_probs = tiny_model(ids).logits.double().log_softmax(-1)[0, :-1]
-            tokens = log_probs.gather(1, ids[0, 1:, None]).squeeze(1)[-len(example.completion_ids) :]
-            assert value.item() == pytest.approx(tokens.sum().item(), abs=1e-4)
+@pytest.mark.parametrize("post", ["<s> $A", "<s> $A </s>"])
+@pytest.mark.parametrize("bad", [row("1", "2</s>3"), row("1</s>1", "2"), row("1", "2</s>")])
+def test_a_text_that_contains_eos_is_refused(bad, post, config, capsys):
+    error = refused(capsys, common.encode, [bad], make_tokenizer(post), config, "direct")
+    assert "data.jsonl:1" in error and "</s>" in error
 
 
-def test_logits_of_the_completion_columns_only(tiny_model, tokenizer):
-    examples, _ = common.encode([row("12345678901234567890=", "22")], tokenizer, "direct", 2048)
-    shapes = []
-    tiny_model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
-    common.completion_log_probs(tiny_model, common.collate(examples, 0))
-    assert shapes == [(1, 4, len(tokenizer))]  # two digits, EOS, and the column before them
-
-
-def test_gradient_does_not_reach_padding(tiny_model, tokenizer):
-    rows = [row("1+1=", "2"), row("123456*7=", "864192") | {"id": 1}]
-    examples, _ = common.encode(rows, tokenizer, "direct", 2048)
-    common.completion_log_probs(tiny_model, common.collate(examples, tokenizer.pad_token_id)).sum().backward()
-    assert tiny_model.model.embed_tokens.weight.grad[tokenizer.pad_token_id].abs().max() == 0
-    assert tiny_model.model.embed_tokens.weight.grad[tokenizer.bos_token_id].abs().max() > 0
-
-
-def test_attention_that_loses_the_gradient_of_padded_batches_is_off():
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    common.make_accelerator()
-    assert not torch.backends.cuda.cudnn_sdp_enabled(), "pytorch/pytorch#196678"
-
-
-def test_unknown_character_is_a_data_error(tokenizer, capsys):
-    with pytest.raises(SystemExit) as stop:
-        common.encode([row("1€+1=")], tokenizer, "direct", 2048)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert "data.jsonl:1" in error and "'€'" in error and error.count("\n") == 1
+@pytest.mark.parametrize("bad", [row("1", "3"), row("3", "1"), row("1€"), row(answer="€")])
+def test_tokens_that_the_model_or_the_tokenizer_does_not_have_are_refused(bad, tokenizer, capsys):
+    config, unknown = transformers.LlamaConfig(vocab_size=6), "€" in str(bad)
+    arguments = [bad], tokenizer if unknown else make_tokenizer(), config, "direct"
+    error = refused(capsys, common.encode, *arguments)
+    assert "data.jsonl:1" in error and ("character" if unknown else "6") in error
+    config.vocab_size = 7
+    assert unknown or common.encode(*arguments)[0]
 
 
 def test_too_long_is_dropped_and_counted_never_cut(tokenizer):
-    rows = [row(), row("1" * 60)]
-    examples, dropped = common.encode(rows, tokenizer, "direct", 20)
-    assert len(examples) == 1 and dropped == {"too long": 1}
+    config = transformers.LlamaConfig(vocab_size=118, max_position_embeddings=20)
+    rows = [row("1" * 16), row("1" * 17), row(), row("1", "")]  # + BOS, line end, answer, EOS
+    examples, dropped = common.encode(rows, tokenizer, config, "direct")
+    assert list(map(len, examples)) == [20, 8] and dropped["too long"] == 1 and len(dropped) == 2
+    examples, dropped = common.encode(rows, tokenizer, config, "direct", max_length=8)
+    assert list(map(len, examples)) == [8] and dropped["too long"] == 2
 
 
-def test_cot_rows_without_a_solution_are_dropped_and_counted(tokenizer):
-    examples, dropped = common.encode([row(), row(solution="1+1=\\boxed{2}")], tokenizer, "cot", 2048)
-    assert len(examples) == 1 and dropped == {"without a solution": 1}
-    text = tokenizer.decode(examples[0].completion_ids, skip_special_tokens=True)
-    assert common.TEMPLATES["cot"].extract(text) == "2"
+def test_rows_without_what_the_template_needs_are_dropped_and_counted(tokenizer, config):
+    rows = [row(), row(answer=" "), row(solution="2"), row(solution=" ")]
+    examples, dropped = common.encode(rows, tokenizer, config, "cot")
+    assert len(examples) == 1 and list(dropped.values()) == [3]
+    sampled, dropped = common.encode(rows, tokenizer, config, "cot", prompts_only=True)
+    assert [one.completion_ids for one in sampled] == [[]] * 3 and list(dropped.values()) == [1]
 
 
-def test_extraction():
-    assert common.extract_boxed("so \\boxed{1}, or \\boxed{\\frac{1}{2}} it is") == "\\frac{1}{2}"
-    assert common.extract_boxed("\\boxed{1") is None and common.extract_boxed("1") is None
-    r1 = common.TEMPLATES["r1"].extract
-    assert r1(" well </think> <answer> 4 </answer>") == "4"
-    for broken in (
-        "well <answer> 4 </answer>",  # no </think>
-        " </think> <answer> 4 </answer> <answer> 5 </answer>",
-        " <answer> 4 </answer> </think>",
-        " </think> <answer> 4",
-        " </think> 4 </answer> <answer>",
-        " </think> <answer> </answer>",
-        " <think> </think> <answer> 4 </answer>",
-    ):
-        assert r1(broken) is None, broken
+def test_a_prompt_may_hold_other_braces(tokenizer, config):
+    prompt = "{x} {problem} {answer} {problem} {"
+    (example,), _ = common.encode([row("{answer}", "2")], tokenizer, config, "direct", prompt)
+    text = tokenizer.decode(example.prompt_ids, skip_special_tokens=True)
+    assert text == "{x} {answer} 2 {answer} {"  # what was filled in is not filled again
 
 
-def test_r1_completion_is_in_the_format_that_r1_asks_for(tokenizer):
-    (example,), _ = common.encode([row(solution="1+1=\\boxed{2}")], tokenizer, "r1", 2048)
-    assert tokenizer.decode(example.prompt_ids).endswith("User: 1+1=\nAssistant: <think>")
-    assert common.read_answer(example.completion_ids, tokenizer, "r1") == "2"
+# ---- Templates
 
 
-def test_answers_are_read_up_to_the_end_and_not_tidied(tokenizer):
-    def ids(text, end=True):
-        return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * end
-
-    assert common.read_answer(ids("1 , 2"), tokenizer, "direct") == "1 , 2"
-    assert common.read_answer(ids("12", end=False), tokenizer, "direct") is None  # it did not end
-    assert common.read_answer([], tokenizer, "direct") is None
-
-
-def test_generate_samples_from_p_itself(tiny_model, tokenizer):
-    """The model's own generation settings are ignored: with top_k 1 in them, samples would all be the same."""
-    prompt = common.encode([row()], tokenizer, "direct", 2048)[0][0].prompt_ids
-    tiny_model.generation_config.top_k = 1
-    tiny_model.generation_config.temperature = 0.01
-    (samples,) = common.generate(tiny_model, tokenizer, [prompt], 64, 4, seed=1)
-    assert len({tuple(ids) for ids in samples}) > 50
-    assert common.generate(tiny_model, tokenizer, [prompt], 64, 4, seed=1) == [samples]
-    assert common.generate(tiny_model, tokenizer, [prompt], 64, 4, seed=2) != [samples]
-    greedy = common.generate(tiny_model, tokenizer, [prompt], 1, 4, seed=None)[0][0]
-    logits = tiny_model(torch.tensor([prompt])).logits[0, -1]
-    assert greedy[0] == logits.argmax().item()
-
-
-def test_generate_leaves_the_random_state_alone(tiny_model, tokenizer):
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    common.generate(tiny_model, tokenizer, [[1, 5]], 4, 3, seed=9)
-    assert torch.rand(3).equal(expected)
-
-
-# Loading
-
-
-def write(tmp_path, *lines):
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_load_problems_maps_columns(tmp_path):
-    write(tmp_path, {"question": "1+1=", "Answer": 2, "Solution": "easy", "level": "Level 5"}, "\n")
-    (loaded,) = common.load_problems(str(tmp_path), "train")
-    assert loaded["problem"] == "1+1=" and loaded["answer"] == "2" and loaded["level"] == 5
-    assert loaded["source"].endswith("train.jsonl:1") and loaded["solution"] == "easy"
-    assert common.load_problems(str(tmp_path), "test", required=False) == []
-
-
-GOOD = {"problem": "1+1=", "answer": "2"}
+R1 = "2 </think> so <answer> 4 </answer>"
 
 
 @pytest.mark.parametrize(
-    "lines, told",
+    "template, text, answer",
     [
-        ([GOOD, '{"problem": \n'], "train.jsonl:2: not JSON"),
-        ([GOOD, "[1]\n"], "train.jsonl:2: not a JSON object"),
-        ([GOOD, GOOD, {"problem": "2+2="}], "train.jsonl:3: field 'answer' is missing"),
-        ([{"problem": "2+2=", "answer": " "}], "train.jsonl:1: field 'answer' is missing or empty"),
-        ([{"answer": "4"}], "train.jsonl:1: field 'problem' is missing"),
-        ([], "no problems"),
+        ("cot", "so \\boxed{1}, or \\boxed{\\frac{1}{2}} it is", "\\frac{1}{2}"),
+        ("cot", "\\boxed{ {a} \\{ }} }", "{a} \\{ }"),
+        ("cot", "\\boxed{1", None),
+        ("cot", "\\boxed{}", None),
+        ("r1", R1, "4"),
+        ("r1-short", R1 + ".", "4"),
+        ("r1", R1.replace("</think>", ""), None),
+        ("r1", R1.replace("</answer>", ""), None),
+        ("r1", R1 + " <answer> 5 </answer>", None),
+        ("r1", "<think> </think>" + R1, None),
+        ("r1", R1.replace("4", ""), None),
+        ("direct", " 2 ", "2"),
     ],
 )
-def test_bad_rows_name_file_line_and_field(tmp_path, capsys, lines, told):
-    write(tmp_path, *lines)
-    with pytest.raises(SystemExit) as stop:
-        common.load_problems(str(tmp_path), "train")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and told in error and error.count("\n") == 1
+def test_extraction(template, text, answer):
+    """The last box with balanced braces; one closed thought and exactly one answer."""
+    assert common.TEMPLATES[template].extract(text) == answer
+
+
+# ---- Packed log-probabilities
+
+PACKABLE = ["Llama", "GPT2", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text", "Phi3", "GPTNeoX"]
+MIXING = ["OPT", "Bloom", "Mamba", "FalconH1"]
+SIZES = {  # those that an architecture does not have, it ignores
+    "vocab_size": 118,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 8,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "word_embed_proj_dim": 32,
+    "mamba_d_ssm": 64,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+}
+
+
+def make_model(architecture):
+    config = getattr(transformers, architecture + "Config")(**SIZES)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).train(False)
+
+
+@pytest.fixture(scope="session")
+def examples(tokenizer, config):
+    problems = [("1+1=", "2"), ("12*345=", "4140"), ("7x+1=50", "7"), ("9" * 30, "123456789")]
+    rows = [row(problem, answer, id=i) for i, (problem, answer) in enumerate(problems)]
+    return common.encode(rows, tokenizer, config, "direct")[0]
+
+
+def plain_log_prob(model, example):
+    """log p of one example by itself, EOS included, with nothing of common.py."""
+    ids = torch.tensor([example.prompt_ids + example.completion_ids])
+    log_p = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+    return log_p.gather(1, ids[0, 1:, None])[len(example.prompt_ids) - 1 :].sum()
+
+
+@pytest.mark.parametrize("architecture", PACKABLE)
+def test_packed_log_probs_and_gradients_are_those_of_each_example_alone(architecture, examples):
+    model = make_model(architecture)
+    weights = torch.tensor([1.0, -0.5, 2.0, 0.3])
+    packed = common.log_probs(model, examples)
+    assert packed.dtype == torch.float32 and packed.shape == (4,)
+    alone = torch.stack([plain_log_prob(model, example) for example in examples])
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    gradients = []
+    for log_p in (packed, alone):
+        model.zero_grad()
+        (weights * log_p).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    scale = gradients[1].abs().max().item()
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5 * scale)
+    common.check_packing(common.make_accelerator(), model, examples[:2])
+
+
+@pytest.mark.parametrize("architecture", MIXING)
+def test_an_architecture_that_mixes_packed_examples_is_refused(architecture, examples, capsys):
+    arguments = common.make_accelerator(), make_model(architecture), examples[:2]
+    assert "packed" in refused(capsys, common.check_packing, *arguments)
+
+
+# ---- Loading
+
+
+def load(tmp_path, *rows):
+    write_rows(tmp_path, train=rows)
+    return common.load_problems(str(tmp_path), "train")
+
+
+def test_columns_are_mapped_and_a_list_of_one_is_its_element(tmp_path):
+    raw = {"question": "1+1=", "final_answer": ["2"], "Solution": "easy", "level": "Level 5"}
+    one, two, three = load(tmp_path, raw, {"problem": "x", "Answer": 2}, GOOD | {"answer": [2.5]})
+    assert one.pop("source").endswith("train.jsonl:1")
+    assert one == {"id": 0, "problem": "1+1=", "answer": "2", "solution": "easy", "level": 5}
+    assert (two["answer"], three["answer"]) == ("2", "2.5")
+    assert common.load_problems(str(tmp_path), "test", required=False) == []
+    assert len(common.load_problems(str(tmp_path / "train.jsonl"), "test")) == 3
+
+
+def test_leading_zeros_of_a_whole_number_are_dropped(tmp_path):
+    answers = {"025": "25", "000": "0", "0.25": "0.25", "0": "0", "x01": "x01"}
+    rows = load(tmp_path, *[GOOD | {"answer": answer} for answer in answers])
+    assert [row["answer"] for row in rows] == list(answers.values())
+
+
+@pytest.mark.parametrize("field", ["answer", "problem"])
+@pytest.mark.parametrize(
+    "value", [["2", "3"], [], {"a": 1}, [["2"]], [None], True, float("nan"), None]
+)
+def test_a_value_that_is_no_text_is_refused_by_file_line_and_field(value, field, tmp_path, capsys):
+    error = refused(capsys, load, tmp_path, GOOD, GOOD | {field: value})
+    assert "train.jsonl:2" in error and repr(field) in error
 
 
 @pytest.mark.parametrize(
-    "data, told", [("./nothing/here", "is not a folder"), ("somebody/nothing", "cannot be loaded")]
+    "raw, words",
+    [
+        (json.dumps(GOOD).encode("utf-16"), "UTF-16"),
+        (json.dumps(GOOD).encode("utf-16-le"), "UTF-16"),
+        (b'\n{"problem": \n', "train.jsonl:2: not JSON"),
+        (b"\n[1]\n", "train.jsonl:2: not a JSON"),
+        ('{"problem": "é"}\n'.encode("latin-1"), "UTF-8"),
+        (b"\n", "no problems"),
+    ],
 )
-def test_data_that_is_not_there(data, told, capsys):
-    with pytest.raises(SystemExit) as stop:
-        common.load_problems(data, "train")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and told in error and error.count("\n") == 1
-
-
-def test_two_empty_answers_in_maths_twelve_thousand_are_dropped_and_counted(tmp_path, capsys, tokenizer):
-    write(tmp_path, *[GOOD] * 1998, GOOD | {"answer": ""}, GOOD | {"answer": " "})
-    rows = common.load_problems(str(tmp_path), "train")
-    examples, dropped = common.encode(rows, tokenizer, "direct", 99)
-    assert len(examples) == 1998 and dropped == {"without an answer": 2}
-    write(tmp_path, *[GOOD] * 1997, *[GOOD | {"answer": ""}] * 3)  # more than one in a thousand is no accident
-    with pytest.raises(SystemExit):
-        common.load_problems(str(tmp_path), "train")
-    assert "train.jsonl:1998: field 'answer' is missing or empty" in capsys.readouterr().err
-
-
-def hub(monkeypatch, **splits):
-    import datasets
-
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: splits)
+def test_files_that_are_not_json_lines_in_utf_8_are_refused(raw, words, tmp_path, capsys):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(raw)
+    assert words in refused(capsys, common.load_problems, str(path), "train")
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert len(common.load_problems(str(path), "train")) == 1
 
 
 def test_data_sets_of_the_hub(monkeypatch, capsys):
-    """The columns of nlile/hendrycks-MATH-benchmark and of HuggingFaceH4/aime_2024."""
-    math = {
-        "problem": "1+1=",
-        "solution": "\\boxed{2}",
-        "answer": "2",
-        "subject": "Algebra",
-        "level": 5,
-        "unique_id": "x",
+    """The columns and splits of three data sets that the commands name."""
+    math = GOOD | {"solution": "\\boxed{2}", "subject": "Algebra", "level": 5, "unique_id": "x"}
+    aime = GOOD | {"id": 60, "answer": "025", "url": "", "year": "2024"}
+    hub = {
+        "user/math": {"train": [math] * 3, "test": [math]},
+        "user/aime": {"train": [aime] * 30},
+        "user/test-only": {"test": [math]},
     }
-    hub(monkeypatch, train=[math, math], test=[math])
-    train, test = (common.load_problems("nlile/hendrycks-MATH-benchmark", split) for split in ("train", "test"))
-    assert len(train) == 2 and test[0]["level"] == 5 and test[0]["solution"] == "\\boxed{2}"
-    aime = {"id": 60, "problem": "1+1=", "solution": "easy", "answer": "204", "url": "", "year": "2024"}
-    hub(monkeypatch, train=[aime] * 30)
-    assert len(common.load_problems("HuggingFaceH4/aime_2024", "test")) == 30  # its only split
-    assert common.load_problems("HuggingFaceH4/aime_2024", "test", required=False) == []  # but not while training
-    hub(monkeypatch, test=[math])
-    with pytest.raises(SystemExit):  # nobody trains on a test split by accident
-        common.load_problems("HuggingFaceH4/MATH-500", "train")
-    assert "has no split 'train' but ['test']" in capsys.readouterr().err
+    monkeypatch.setattr(datasets, "load_dataset", hub.__getitem__)
+    assert len(common.load_problems("user/math", "train")) == 3
+    assert common.load_problems("user/math", "test")[0]["level"] == 5
+    assert {row["answer"] for row in common.load_problems("user/aime", "test")} == {"25"}
+    assert common.load_problems("user/aime", "test", required=False) == []  # while training on it
+    assert "train" in refused(capsys, common.load_problems, "user/test-only", "train")
+    assert "nobody/x" in refused(capsys, common.load_problems, "nobody/x", "train")
 
 
-# The embedded set
+# ---- The embedded data
 
 
-def test_generator_makes_the_committed_files_byte_for_byte(tmp_path):
-    folder = ROOT / "examples/arithmetic"
-    subprocess.run([sys.executable, folder / "generate.py", "--out", tmp_path], check=True)
-    for name in ("train.jsonl", "test.jsonl"):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
-
-
-def test_tiny_llama_generator_makes_the_committed_files(tmp_path):
-    folder = ROOT / "examples/tiny_llama"
-    (tmp_path / "generate.py").write_bytes((folder / "generate.py").read_bytes())
-    subprocess.run([sys.executable, tmp_path / "generate.py"], check=True)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
-
-
-def test_arithmetic_set_is_right_disjoint_and_solved(tokenizer):
-    splits = {name: common.load_problems(str(ROOT / "examples/arithmetic"), name) for name in ("train", "test")}
-    assert [len(rows) for rows in splits.values()] == [1500, 500]
-    problems = [item["problem"] for rows in splits.values() for item in rows]
-    assert len(set(problems)) == len(problems)
-    for rows in splits.values():
-        assert [sum(item["level"] == level for item in rows) for level in range(1, 6)] == [len(rows) // 5] * 5
-        for item in rows:
-            problem, answer = item["problem"], item["answer"]
-            if item["level"] == 1:
-                value = eval(problem.split("=")[0].replace("x", f"*{answer}"))
-                assert value == int(problem.split("=")[1])
-            elif problem.startswith("s"):
-                assert sum(map(int, str(eval(problem[1:-1].replace("^", "**"))))) == int(answer)
-            elif ":" in problem:
-                polynomial, x = problem[:-1].split(":")
-                assert eval(polynomial.replace("x", f"*({x})").replace("^", "**")) == int(answer)
-            else:
-                assert eval(problem[:-1].replace("^", "**")) == int(answer)
-            assert common.extract_boxed(item["solution"]) == answer
-        for template in common.TEMPLATES:
-            examples, dropped = common.encode(rows, tokenizer, template, 2048)
-            assert len(examples) == len(rows) and not dropped
-
-
-def test_tiny_llama_serves_the_lean_scripts_too(tokenizer):
-    text = "h : p → q ∧ ¬r\n⊢ ∀ x, ∃ y : ℕ, x ≤ y ↔ y ≥ x ∨ x ≠ y · ← ⟨⟩ ℤ ℝ"
-    ids = tokenizer(text).input_ids
-    assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids, skip_special_tokens=True) == text
-    assert common.longest_context(str(ROOT / "examples/tiny_llama")) == 2048
+def test_generators_make_the_committed_files_byte_for_byte(tmp_path, monkeypatch):
+    arithmetic, llama = ROOT / "examples/arithmetic", ROOT / "examples/tiny_llama"
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--out", str(tmp_path)])
+    runpy.run_path(str(arithmetic / "generate.py"), run_name="__main__")
+    copy = shutil.copy(llama / "generate.py", tmp_path)  # it writes beside itself
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    runpy.run_path(copy, run_name="__main__")
+    made = [arithmetic / f"{split}.jsonl" for split in ("train", "test")]
+    made += [llama / f"{name}.json" for name in ("config", "tokenizer", "tokenizer_config")]
+    for path in made:
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path
