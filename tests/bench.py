@@ -64,9 +64,8 @@ def row(function):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("rows", nargs="*", metavar="ROW", help=f"of {' '.join(ROWS)} (default: all)")
     add("--device", choices=["cpu", "cuda"], default="cpu")
@@ -93,7 +92,7 @@ def main(argv=None):
     report = {"machine": describe_machine(args), "results": []}
     print(f"{report['machine']}\n\n| row | ours | against | ratio |\n|---|---|---|---|")
     for name in args.rows or ROWS:
-        started, log = time.perf_counter(), io.StringIO()
+        log = io.StringIO()
         try:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
                 results = list(ROWS[name](args))
@@ -102,9 +101,8 @@ def main(argv=None):
         except (Exception, SystemExit) as error:  # the other rows still run
             sys.stderr.write(log.getvalue()[-3000:] + traceback.format_exc())
             results = [{"what": "", "failed": f"{type(error).__name__}: {str(error)[:300]}"}]
-        seconds = round(time.perf_counter() - started, 1)
         for result in results:
-            report["results"].append({"row": name, **result, "row_seconds": seconds})
+            report["results"].append({"row": name, **result})
             print(table_row(report["results"][-1]), flush=True)
         if args.out:  # after each row, in case a later one does not end
             args.out.write_text(json.dumps(report, indent=1) + "\n")
