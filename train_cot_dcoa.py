@@ -268,7 +268,7 @@ def main(argv=None):
                     metrics["mean_factor"] = factor(step.values).mean().item()
                     metrics["mean_p"] = step.values.mean().item()
                     metrics["never_right"] = (step.values == 0).sum().item()  # there F = 1
-                progress.set_postfix(loss=metrics["loss"], used=len(step.ids) / len(step.seen))
+                progress.set_postfix(loss=metrics["loss"], refresh=False)
                 progress.update((epoch - 1) * len(train) + refill.position - progress.n)
                 run.end_step(metrics)
 

@@ -266,7 +266,7 @@ def main(argv=None):
                     "tokens_per_second": sum(lengths) / all_seconds,
                     "ids": [train[i].id for i in step.ids],
                 }
-                progress.set_postfix(reward=metrics["reward"], used=len(step.ids) / len(step.seen))
+                progress.set_postfix(reward=metrics["reward"], refresh=False)
                 progress.update((epoch - 1) * len(train) + refill.position - progress.n)
                 run.end_step(metrics)
 
