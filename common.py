@@ -422,28 +422,31 @@ class Grader:
 
 
 # ---- Models and gradients, on one or several processes -------------------------------------------
-def zero_config(stage, clip, offload):
+def zero_config(zero, args):
     """DeepSpeed ZeRO. On GPUs the weights are bf16 with float32 masters in the optimizer state."""
     cuda = torch.cuda.is_available()
     return {
         "train_micro_batch_size_per_gpu": 1,  # required, unused: `backward` says when a step ends
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip,
+        "gradient_clipping": args.clip,
         "bf16": {"enabled": cuda},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW: the same update, nothing to compile
         "zero_optimization": {
-            "stage": stage,
+            "stage": zero,
             "stage3_gather_16bit_weights_on_model_save": True,
-            "offload_optimizer": {"device": "cpu" if offload else "none", "pin_memory": cuda},
+            "offload_optimizer": {"device": "cpu" if args.offload else "none", "pin_memory": cuda},
         },
     }
 
 
-def make_accelerator(zero=0, clip=1.0, offload=False, report_to="none", out=None):
-    """Connect the processes of this launch. zero: the stage, None is 2 on several GPUs, 0 else."""
+def make_accelerator(args=None):
+    """Connect the processes of this launch. args: those of a training script; without them neither
+    ZeRO nor a tracker. args.zero None is ZeRO-2 on several GPUs, else none."""
     cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
-    zero = (2 if cuda and world > 1 else 0) if zero is None else zero
+    zero = args.zero if args else 0
+    if zero is None:
+        zero = 2 if cuda and world > 1 else 0
     # cuDNN's attention, preferred on Hopper by PyTorch 2.11 to 2.13, has made NaN gradients where a
     # row was masked whole (pytorch/pytorch#196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -454,12 +457,12 @@ def make_accelerator(zero=0, clip=1.0, offload=False, report_to="none", out=None
     if zero:
         if "RANK" not in os.environ:
             fail(f"--zero {zero} needs several processes: use accelerate launch or torchrun")
-        settings["deepspeed_plugin"] = accelerate.DeepSpeedPlugin(zero_config(zero, clip, offload))
+        settings["deepspeed_plugin"] = accelerate.DeepSpeedPlugin(zero_config(zero, args))
     if world > 1:
         backend, limit = "nccl" if cuda else "gloo", timedelta(hours=1)
         settings["kwargs_handlers"] = [accelerate.InitProcessGroupKwargs(backend, timeout=limit)]
-    if report_to != "none":
-        settings |= {"log_with": report_to, "project_dir": out}
+    if args and args.report_to != "none":
+        settings |= {"log_with": args.report_to, "project_dir": args.out}
     accelerator = accelerate.Accelerator(**settings)
     if world > 1:  # waiting in NCCL would keep the GPUs busy, which the engines need
         on_main.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=24))
@@ -1008,7 +1011,8 @@ class VLLMEngines(Sampler):
     def __init__(self, args, accelerator, checkpoint, tokenizer, max_length, model=None):
         self.accelerator, self.cuda = accelerator, accelerator.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        self.logs, self.gpus, self.engines = args.out.absolute(), args.gpus_per_engine, []
+        self.gpus = args.gpus_per_engine if self.cuda else 1
+        self.logs, self.engines = args.out.absolute(), []
         settings = {
             "model": os.path.abspath(checkpoint) if os.path.isdir(checkpoint) else checkpoint,
             "load_format": "auto" if model is None else "dummy",

@@ -33,7 +33,6 @@ PRESETS = {
         "data": "nlile/hendrycks-MATH-benchmark",
         "n_mc": 64,
         "max_new_tokens": 1024,
-        "gpus_per_engine": 2,
         "epochs": 5,
         "batch_size": 128,
         "micro_batch_tokens": 4096,
@@ -47,7 +46,6 @@ PRESETS = {
         "data": "examples/arithmetic",
         "n_mc": 16,
         "max_new_tokens": 160,
-        "gpus_per_engine": 1,
         "eval_problems": 100,
         "epochs": 8,
         "batch_size": 32,
@@ -62,9 +60,8 @@ POSITIVE = ("n_mc", "max_new_tokens", "eval_n", "epochs", "max_steps", "batch_si
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="default: paper with a GPU, laptop without")
     # model and data
@@ -84,7 +81,7 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=int, help="of a sampled trace")
     add("--engine", default="auto", choices=["auto", "vllm", "transformers"])
     add("--gpu-memory", type=float, default=0.3, help="vLLM's share of each GPU (paper: 0.3)")
-    add("--gpus-per-engine", type=int, help="(paper: 2)")
+    add("--gpus-per-engine", type=int, default=2, help="(paper: 2)")
     add("--eval-problems", type=int, help="of the test data, after each epoch (0: none)")
     add("--eval-n", type=int, default=64, help="samples of each of them (paper: 64)")
     # optimization
@@ -141,9 +138,7 @@ def main(argv=None):
     longest = max(len(example.prompt_ids) for example in [*train, *test]) + args.max_new_tokens
     if longest > getattr(config, "max_position_embeddings", math.inf):
         common.fail(f"prompt and --max-new-tokens make {longest}, too many for {args.model}")
-    accelerator = common.make_accelerator(
-        args.zero, args.clip, args.offload, args.report_to, args.out
-    )
+    accelerator = common.make_accelerator(args)
     model, optimizer = common.prepare_training(args, tokenizer, accelerator)
     common.check_packing(accelerator, model, train[:2])
     accelerator.print(
@@ -225,8 +220,8 @@ def main(argv=None):
 
     # -------- training loop
     with common.Run(args, accelerator, model, tokenizer, refill, record) as run:
-        grader = common.Grader(min(os.cpu_count(), 8)) if accelerator.is_main_process else None
         if args.n_prime > 1 or test:
+            grader = common.Grader(min(os.cpu_count(), 8)) if accelerator.is_main_process else None
             sampler = common.make_sampler(args, accelerator, args.model, tokenizer, longest, model)
         for epoch in range(max(refill.epoch, 1), args.epochs + 1):
             if refill.epoch < epoch:  # a resumed run may be within it, or even at its end
@@ -253,7 +248,7 @@ def main(argv=None):
                 all_seconds = time.perf_counter() - started
                 seconds["sync"] = all_seconds - sum(seconds.values())
 
-                run.step, run.clipped = run.step + 1, run.clipped + (grad_norm > args.clip)
+                run.step += 1
                 metrics = {
                     "step": run.step,
                     "epoch": epoch,
@@ -263,7 +258,6 @@ def main(argv=None):
                     "mean_ce": -sum(log_p[i] for i in step.ids) / len(step.ids),
                     "lr": lr,
                     "grad_norm": grad_norm,
-                    "clipped_share": run.clipped / run.step,
                     "sampling_calls": counts["calls"] - calls,
                     **{f"seconds_{phase}": value for phase, value in seconds.items()},
                     "seconds": all_seconds,

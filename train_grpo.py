@@ -1,20 +1,19 @@
-"""Fine-tune a model by reinforcement learning with GRPO in the form of Dr. GRPO (§5.4, App. B), to compare DCOa with.
+"""Fine-tune by reinforcement learning: GRPO, or the policy gradient of pass@k (§5.4, App. B).
 
-    python train_cot_dcoa.py --template r1-short --n-prime 1 --out runs/warm    # the embedded model: first the format,
-    python train_grpo.py --model runs/warm/epoch-8                              # then the answers, in one process
-    accelerate launch train_grpo.py                         # the 8 GPUs of a node, which vLLM shares
-    accelerate launch --num_machines 2 --num_processes 16 --machine_rank 0 --main_process_ip HOST \\
-        --main_process_port 29500 train_grpo.py             # two nodes, with RAY_ADDRESS as the README says
+    python train_cot_dcoa.py --template r1-short --n-prime 1 --out runs/warm   # laptop: the format,
+    python train_grpo.py --model runs/warm/epoch-8                             # then the answers
+    accelerate launch train_grpo.py                 # 8 GPUs, which vLLM shares: Llama-3-8B on MATH
+    accelerate launch --num_machines 2 --num_processes 16 ... train_grpo.py    # and RAY_ADDRESS
 
-It descends along the gradient of the mean over a step's problems x, with N' roll-outs o_i of rewards r_i each, of
+The loss of a step is the mean over its problems x, with roll-outs o_1 ... o_n of rewards r_i, of
 
-    -1/N' Σ_i Σ_t π(o_it | x, o_i<t) / stop_grad(π(o_it | x, o_i<t)) · A_i,   A_i = r_i - 1/N' Σ_j r_j
+    -1/n Σ_i Σ_t ratio_it A_i,   ratio_it = π(o_it | x, o_i<t) / stop_grad(π(o_it | x, o_i<t))
 
-r is 1 for a right answer in exactly the format of the r1 template, else 0. Left out of GRPO: division by the rewards'
-standard deviation, by a roll-out's length or by the tokens of the batch, the KL term, and clipping, since there is one
-step a batch of roll-outs. Problems whose roll-outs are all right or all wrong have no gradient; they are replaced by
-the next ones of the stream. In --out it writes args.json, metrics.jsonl (a line a step), epochs.jsonl (a line an epoch,
-with pass@1/16/64 from samples), epoch-<k>/, for `eval_passn.py`, and engine-<i>.log.
+--pass-k 1: A_i = r_i - mean(r), Dr. GRPO. It climbs p.
+--pass-k K: A_i = r_i K (1 - ρ(n-1, c-1, K-1)), with c roll-outs right and ρ(n, c, K) an estimate of
+pass@K (Walder and Karkhanis, arXiv 2505.15201). It climbs C^K = 1 - (1-p)^K; DCO climbs log C^N.
+A reward is 1 for a right answer in exactly the template's format, else 0. Problems without any
+advantage are replaced by the next ones of the stream. Writes what train_cot_dcoa.py writes.
 """
 
 import argparse
@@ -24,348 +23,275 @@ import time
 from collections import Counter
 from pathlib import Path
 
-# The settings of the embedded experiment, which take the place of the paper's when the model is one of examples/.
-EXAMPLE_SETTINGS = {
-    "epochs": 3,
-    "batch_size": 32,
-    "tokens_per_micro_batch": 8192,
-    "lr": 1e-3,
-    "warmup_steps": 5,
-    "betas": (0.9, 0.98),
-    "max_new_tokens": 160,
-    "eval_problems": 100,
+import torch
+from tqdm import tqdm
+
+import common
+
+PRESETS = {
+    "paper": {  # App. B
+        "model": "meta-llama/Meta-Llama-3-8B",
+        "data": "nlile/hendrycks-MATH-benchmark",
+        "template": "r1",
+        "max_new_tokens": 1024,
+        "epochs": 5,
+        "batch_size": 128,
+        "micro_batch_tokens": 4096,
+        "lr": 1e-6,
+        "warmup_steps": 20,
+        "betas": (0.9, 0.999),
+    },
+    "laptop": {  # a small model; give --model runs/warm/epoch-8
+        "model": "examples/tiny_llama",
+        "data": "examples/arithmetic",
+        "template": "r1-short",
+        "max_new_tokens": 160,
+        "eval_problems": 100,
+        "epochs": 3,
+        "batch_size": 32,
+        "micro_batch_tokens": 512,
+        "lr": 1e-3,
+        "warmup_steps": 5,
+        "betas": (0.9, 0.98),
+    },
 }
+POSITIVE = ("pass_k", "max_new_tokens", "eval_n", "epochs", "max_steps", "batch_size", "lr", "clip")
 
 
-def parse_arguments(argv=None, settings=None):
-    """argparse and the checks that need nothing but the arguments. settings: defaults in place of the paper's."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--flag VALUE ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    what = parser.add_argument_group("what is trained on what")
-    what.add_argument("--model", help="folder or hub name (paper: meta-llama/Meta-Llama-3-8B)")
-    what.add_argument("--data", help="folder with train.jsonl and test.jsonl, or hub name (paper: MATH, 12,000/500)")
-    what.add_argument(
-        "--template",
-        choices=["cot", "r1", "r1-short"],
-        help="default: the one that the checkpoint was trained with, or r1",
-    )
-    what.add_argument("--seed", type=int, default=0, help="order of the examples, samples, and weights from scratch")
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--rollouts", type=int, default=8, help="N', of each problem (paper: 8)")
-    sampling.add_argument("--max-new-tokens", type=int, default=1024, help="of a roll-out (paper: 1,024)")
-    sampling.add_argument("--engine", default="auto", choices=["auto", "vllm", "transformers"], help="what samples")
-    sampling.add_argument("--gpu-memory", type=float, default=0.3, help="vLLM's share of each GPU (paper: 0.3)")
-    sampling.add_argument(
-        "--gpus-per-engine", type=int, help="default: as many as its weights need, at most 8 (paper: 2)"
-    )
-    sampling.add_argument(
-        "--eval-problems", type=int, help="of the test split, after each epoch (default: all; 0: none)"
-    )
-    sampling.add_argument("--eval-n", type=int, default=64, help="samples of each of them (paper: 64 and more)")
-    how = parser.add_argument_group("optimization")
-    how.add_argument("--epochs", type=int, default=5, help="passes over the data (paper: 5)")
-    how.add_argument("--max-steps", type=int, help="stop after this many steps")
-    how.add_argument("--batch-size", type=int, default=128, help="balanced problems a step, all processes (paper: 128)")
-    how.add_argument(
-        "--tokens-per-micro-batch",
-        type=int,
-        default=4096,
-        help="prompts, roll-outs, padding that a process computes at once",
-    )
-    how.add_argument("--lr", type=float, default=1e-6, help="AdamW's, constant after the warm-up (paper: 1e-6)")
-    how.add_argument("--warmup-steps", type=int, default=20, help="linear (paper: 20)")
-    how.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW's")
-    how.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's")
-    how.add_argument("--clip", type=float, default=1.0, help="largest norm of a step's gradient")
-    how.add_argument("--zero", type=int, choices=[0, 2, 3], help="DeepSpeed ZeRO (default: 0, several GPUs 2 or 3)")
-    how.add_argument("--offload", action="store_true", help="with ZeRO-3: optimizer states in the main memory")
-    how.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more computing")
-    where = parser.add_argument_group("what is written")
-    where.add_argument("--out", type=Path, default=Path("runs/grpo"))
-    where.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
-    where.add_argument("--resume", action="store_true", help="go on with the run that --out holds, if it holds one")
-    where.add_argument("--save-every", type=int, default=20, help="steps from a state for --resume to the next")
-    where.add_argument("--grace", type=float, default=20, help="seconds that a step may take after SIGTERM or Ctrl-C")
-    where.add_argument("--patience", type=float, default=60, help="minutes to wait for other processes or an engine")
-    where.add_argument("--dry-run", nargs="?", const="here", metavar="8x80", help="say what it would take, and stop")
-    where.add_argument("--report-to", default="none", choices=["none", "tensorboard", "wandb"])
-    where.add_argument("--show-every", type=int, default=10, help="print a roll-out every so many steps")
-    parser.set_defaults(**settings or {})
+def parse_args(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="default: paper with a GPU, laptop without")
+    # model and data
+    add("--model", help="folder or hub name")
+    add("--data", help="folder with train.jsonl and test.jsonl, or hub name")
+    add("--template", choices=["cot", "r1", "r1-short"], help="that of the warm start (paper: r1)")
+    add("--prompt", help="instead of the template's, with {problem} in it")
+    add("--seed", type=int, default=0, help="order of the examples, samples, weights from scratch")
+    # sampling
+    add("--rollouts", type=int, default=8, help="n, of each problem (paper: 8)")
+    add("--pass-k", type=int, default=1, help="K: climb C^K (paper: GRPO, 1)")
+    add("--max-new-tokens", type=int, help="of a roll-out")
+    add("--engine", default="auto", choices=["auto", "vllm", "transformers"])
+    add("--gpu-memory", type=float, default=0.3, help="vLLM's share of each GPU (paper: 0.3)")
+    add("--gpus-per-engine", type=int, default=2, help="(paper: 2)")
+    add("--eval-problems", type=int, help="of the test data, after each epoch (0: none)")
+    add("--eval-n", type=int, default=64, help="samples of each of them (paper: 64)")
+    # optimization
+    add("--epochs", type=int, help="passes over the data (paper: 5)")
+    add("--max-steps", type=int, help="stop after this many steps")
+    add("--batch-size", type=int, help="balanced groups per step, all processes (paper: 128)")
+    add("--micro-batch-tokens", type=int, help="most tokens per process and forward")
+    add("--lr", type=float, help="AdamW, constant after the warm-up (paper: 1e-6)")
+    add("--warmup-steps", type=int, help="linear (paper: 20)")
+    add("--betas", type=float, nargs=2, help="AdamW")
+    add("--weight-decay", type=float, default=0.0, help="AdamW")
+    add("--clip", type=float, default=1.0, help="maximum gradient norm")
+    # systems
+    add("--zero", type=int, choices=[0, 2, 3], help="DeepSpeed (default: 2 on several GPUs)")
+    add("--offload", action="store_true", help="with --zero: optimizer states in CPU memory")
+    add("--gradient-checkpointing", action="store_true", help="less memory, a third more computing")
+    # output
+    add("--out", type=Path, default=Path("runs/grpo"))
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--resume", action="store_true", help="continue the run in --out, if there is one")
+    add("--save-every", type=int, default=20, help="steps between states for --resume")
+    add("--report-to", default="none", choices=["none", "tensorboard", "wandb"])
     args = parser.parse_args(argv)
-    positive = ("epochs", "max_steps", "batch_size", "tokens_per_micro_batch", "lr", "clip", "save_every", "patience")
-    for name in (*positive, "show_every", "max_new_tokens", "gpu_memory", "gpus_per_engine", "eval_n"):
+    if not 2 <= args.rollouts >= args.pass_k:
+        parser.error("--rollouts must be at least 2 and --pass-k")
+    if "{problem}" not in (args.prompt or "{problem}"):
+        parser.error("--prompt must contain {problem}")
+    for name in POSITIVE:
         if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    if args.rollouts < 2:
-        parser.error(f"--rollouts must be 2 or more, not {args.rollouts}: one is never better than the others")
-    if not all(0 <= beta < 1 for beta in args.betas) or args.weight_decay < 0:
-        parser.error(f"--betas must lie in [0, 1) and --weight-decay be 0 or more: {args.betas}, {args.weight_decay}")
-    if (args.eval_problems or 0) < 0 or args.gpu_memory >= 1:
-        parser.error("--eval-problems must be 0 or more, and --gpu-memory under 1")
+            parser.error(f"--{name.replace('_', '-')} must be positive")
+    args.preset = args.preset or ("paper" if torch.cuda.is_available() else "laptop")
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
-def grpo_loss(log_probs, advantages):
-    """-Σ_i Σ_t ratio_it · A_i over some roll-outs, to be divided by N' and by the step's number of problems.
-
-    log_probs: [R], Σ_t log π(o_it | x, o_i<t), with the graph; advantages: [R]. A ratio is 1 and has the gradient of
-    its log π, so the sum of ratios has that of the sum of log π: what is returned has the gradient of the equation,
-    -Σ_i A_i ∇ log π(o_i | x), and differs from it in value only."""
-    return -(advantages * log_probs).sum()
+def advantages(rewards, k):
+    """A_i of the roll-outs of one problem, from their rewards of 0 or 1: float [n] -> [n]."""
+    if k == 1:
+        return rewards - rewards.mean()
+    n, c = len(rewards), int(rewards.sum())
+    return rewards * k * (1 - common.pass_at_n(n - 1, max(c - 1, 0), k - 1))
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
+    args = parse_args(argv)
 
-    import torch  # the heavy imports come after the arguments, so that --help and a typo are answered at once
-    from tqdm import tqdm
-
-    import common
-
-    model_name, data_name = common.defaults_for_this_machine(args.model, args.data)
-    if common.is_example(model_name):
-        args = parse_arguments(argv, EXAMPLE_SETTINGS)
-    args.model, args.data = model_name, data_name
-    args.template = args.template or common.read_record(args.model).get("template", "r1")
-
-    # Whatever can be refused is refused here, before any weights are loaded.
+    # -------- data, model, optimizer
     common.check_out(args)
-    args.engine = common.choose_engine(args.engine)
-    rows = {"train": common.load_problems(args.data, "train"), "test": common.load_problems(args.data, "test", False)}
-    tokenizer = common.load_tokenizer(args.model)
-    max_length = common.longest_context(args.model)
-    examples, dropped = {}, {}
-    for split in rows:
-        # The problems are there to be sampled: they need no solution.
-        of_split = [row | {"solution": "-"} for row in rows[split]]
-        examples[split], dropped[split] = common.encode(of_split, tokenizer, args.template, max_length)
-    examples["test"] = examples["test"][: args.eval_problems]
-    if not examples["train"]:
-        common.refuse(
-            f"--data {args.data}: no problem is left; dropped: {dropped['train']} (of {max_length} positions)"
-        )
-    longest = max(len(example.prompt_ids) for part in examples.values() for example in part) + args.max_new_tokens
-    if longest > max_length:
-        common.refuse(f"the longest prompt and --max-new-tokens make {longest} tokens; {args.model} has {max_length}")
-    share_of_engine = 0.0 if args.engine == "transformers" else args.gpu_memory
-    how = {"completion": args.max_new_tokens, "engine": share_of_engine}
-    common.plan_memory(args, examples["train"], args.epochs, **how)
-    common.check_resume(args, examples["train"])
-    how = (args.zero, args.clip, 1, args.patience, args.offload)
-    accelerator = common.make_accelerator(args.report_to, args.out, *how)
-    processes, pad_id = accelerator.num_processes, common.pad_token_id(tokenizer)
-
-    model, optimizer, about_model = common.prepare_training(args, tokenizer, accelerator)
-
-    # What a checkpoint has to say about itself, for evaluation.
-    record = {
-        "template": args.template,
-        "max_new_tokens": args.max_new_tokens,
-        "data": os.path.abspath(args.data) if os.path.exists(args.data) else args.data,
-        "base": common.base_of(args.model),
-    }
-
-    common.begin_run(
-        args,
-        accelerator,
-        f"GRPO with {args.rollouts} roll-outs a problem",
-        about_model,
-        f"{len(examples['train']):,} to train on (dropped: {dropped['train'] or 'none'}), "
-        f"{len(examples['test']):,} to test (dropped: {dropped['test'] or 'none'}), template {args.template}\n"
-        f"  samples by {args.engine}, of up to {args.max_new_tokens} tokens; {args.eval_n} of each test problem",
-        f"{args.batch_size} balanced problems",
-        f"{args.tokens_per_micro_batch:,} tokens",
+    tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
+    how = (tokenizer, config, args.template, args.prompt)
+    rows = common.load_problems(args.data, "train")
+    train, dropped = common.encode(rows, *how, prompts_only=True)
+    test_rows = common.load_problems(args.data, "test", required=False)[: args.eval_problems]
+    test, _ = common.encode(test_rows, *how, prompts_only=True)
+    if not train:
+        common.fail(f"--data {args.data}: no usable examples (dropped: {dropped})")
+    longest = max(len(example.prompt_ids) for example in [*train, *test]) + args.max_new_tokens
+    if longest > getattr(config, "max_position_embeddings", math.inf):
+        common.fail(f"prompt and --max-new-tokens make {longest}, too many for {args.model}")
+    accelerator = common.make_accelerator(args)
+    model, optimizer = common.prepare_training(args, tokenizer, accelerator)
+    probes = [common.Example(0, example.prompt_ids, example.prompt_ids) for example in train[:2]]
+    common.check_packing(accelerator, model, probes)
+    accelerator.print(
+        f"preset {args.preset}: {args.model} on {args.data}, {len(train):,} train (dropped: "
+        f"{dropped or 'none'}), {len(test):,} test; {args.rollouts} roll-outs, K {args.pass_k}, lr "
+        f"{args.lr:g}, batch {args.batch_size}, {args.epochs} epochs, {accelerator.num_processes} "
+        f"processes ({accelerator.distributed_type.value}), output in {args.out}"
     )
+    quiet = not accelerator.is_local_main_process
+    progress = tqdm(total=args.epochs * len(train), unit="candidate", disable=quiet, mininterval=1)
 
-    # Of the step under way: {position: (completions, answers, rewards)}, log π of the roll-outs, seconds by phase.
-    groups, trainer_log_probs, seconds, calls = {}, {}, Counter(), Counter()
+    # -------- roll-outs of each candidate, and their gradient weighted by the advantages
+    groups = {}  # position in train -> [(roll-out, A/n, the engine's log π)], without A = 0
+    seconds, log_pi, counts = Counter(), Counter(), Counter()  # of the step, step and epoch
 
-    def accept(mean_reward):
-        """Batch balancing: a group that is all wrong or all right has no advantages."""
-        return (mean_reward > 0) & (mean_reward < 1)
-
-    def timed(phase, compute, *inputs):
-        started = time.perf_counter()
-        result = compute(*inputs)
-        seconds[phase] += time.perf_counter() - started
-        calls[phase] += 1
-        return result
+    def grade(ids, found):
+        grades = []
+        for i, completions in zip(ids, found, strict=True):
+            counted = [common.count_answers([one], tokenizer, args.template) for one in completions]
+            answers = [next(iter(answer)) for answer in counted]
+            right = grader.grade([(rows[train[i].id]["answer"], answer) for answer in answers])
+            grades.append([right, [answer is not None for answer in answers]])
+        return torch.tensor(grades, dtype=torch.float64)  # [ids, 2, n]: right, in the format
 
     def score(ids):
-        """-> mean reward of each problem's roll-outs, sampled under the weights of this step."""
-        chosen = [examples["train"][i] for i in ids]
-        seeds = [common.seed_of(args.seed, "roll-outs", step, example.id) for example in chosen]
-        prompts = [example.prompt_ids for example in chosen]
-        found = timed("sampling", sampler.generate, prompts, args.rollouts, args.max_new_tokens, seeds)
+        common.raise_if_stopped(accelerator)
+        started = time.perf_counter()
+        prompts = [train[i].prompt_ids for i in ids]
+        seeds = [common.seed_of(args.seed, "roll-outs", run.step, train[i].id) for i in ids]
+        found = sampler.generate(prompts, args.rollouts, args.max_new_tokens, seeds)
+        sampled = time.perf_counter()
+        grades = common.on_main(accelerator, grade, ids, found)
+        seconds.update(sampling=sampled - started, grading=time.perf_counter() - sampled)
+        for i, prompt, completions, rewards in zip(ids, prompts, found, grades[:, 0], strict=True):
+            shares = (advantages(rewards, args.pass_k) / args.rollouts).tolist()
+            groups[i] = [
+                (common.Example(i, prompt, one.token_ids), share, one.log_prob)
+                for one, share in zip(completions, shares, strict=True)
+                if share != 0
+            ]
+        balanced = torch.tensor([len(groups[i]) > 0 for i in ids])
+        counts.update(calls=1, sampled=len(ids), balanced=int(balanced.sum()))
+        progress.set_postfix(sampled=counts["sampled"], balanced=counts["balanced"])
+        return torch.cat([grades.mean(2), balanced[:, None]], dim=1)
 
-        def rewards_of():
-            read = [[common.read_answer(one.token_ids, tokenizer, args.template) for one in group] for group in found]
-            golds = [rows["train"][example.id]["answer"] for example in chosen]
-            right = grader.grade([(gold, answer) for gold, group in zip(golds, read, strict=True) for answer in group])
-            return read, torch.tensor(right, dtype=torch.float64).view(len(found), -1)
+    def forward(ids):
+        rollouts = [rollout for i in ids for rollout in groups[i]]
+        world = accelerator.num_processes
+        rounds = common.make_rounds(rollouts, lambda r: len(r[0]), world, args.micro_batch_tokens)
 
-        read, rewards = timed("grading", common.on_main, accelerator, rewards_of)
-        groups.update({i: group for i, *group in zip(ids, found, read, rewards, strict=True)})
-        return rewards.mean(1)
+        def backward(weights, last):
+            for part in rounds:
+                examples, shares, engine_log_pi = zip(*part, strict=True)
+                mine, log_p = common.gathered_log_probs(accelerator, model, examples, grad=True)
+                log_pi.update(trainer=log_p.sum().item(), engine=sum(engine_log_pi))
+                shares = torch.tensor(shares) * weights[0]  # the same for all problems: 1/B
+                common.backward(accelerator, model, mine, shares, last and part is rounds[-1])
 
-    def train(ids, room, count, chosen):
-        """All of the step: adds the gradient of -1/count Σ 1/N' Σ_i Σ_t ratio · A_i over its problems `ids`."""
-        rollouts = []  # (example, advantage)
-        for i in ids:
-            completions, _, rewards = groups[i]
-            for one, advantage in zip(completions, (rewards - rewards.mean()).tolist(), strict=True):
-                rollouts.append((common.Example(i, examples["train"][i].prompt_ids, one.token_ids), advantage))
-        # Longest first: if memory does not suffice, it shows in the first micro-batch of the first step.
-        order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i][0]))
-        while order:
-            widest = max(len(rollouts[i][0].prompt_ids) for i in order)
-            widest += max(len(rollouts[i][0].completion_ids) for i in order)
-            part = order[: processes * max(1, min(args.tokens_that_fit, args.tokens_per_micro_batch) // widest)]
-            order = order[len(part) :]
-            share = common.split_evenly([rollouts[i][0] for i in part], accelerator)
-            with accelerator.no_sync(model):
-                mine = common.completion_log_probs(model, common.collate(share, pad_id, accelerator.device))
-            log_probs = common.gather_in_order(mine, len(part), accelerator)
-            if not log_probs.isfinite().all():
-                stop(f"log π of a roll-out is {log_probs[~log_probs.isfinite()][0].item()}")
-            # The share's last item may be a repetition, there for equal work only: it counts for nothing.
-            advantages = torch.zeros_like(mine)
-            own = [rollouts[i][1] for i in part][accelerator.process_index :: processes]
-            advantages[: len(own)] = torch.tensor(own)
-            # Gradients are averaged over the processes, hence the factor.
-            loss = grpo_loss(mine, advantages) * processes / (count * args.rollouts)
-            common.backward(accelerator, model, loss, last=not order)
-            trainer_log_probs.update(zip(part, log_probs.tolist(), strict=True))
+        return None, backward
 
-    def show(i):
-        """One roll-out of a problem, right or wrong by turns of the steps, on the terminal."""
-        completions, _, rewards = groups[i]
-        wanted = step // args.show_every % 2 == 0
-        one = next(one for one, reward in zip(completions, rewards, strict=True) if (reward == 1) == wanted)
-        if accelerator.is_main_process:
-            text = tokenizer.decode(examples["train"][i].prompt_ids[-200:] + one.token_ids)
-            tqdm.write(f"--- step {step}, a {'right' if wanted else 'wrong'} roll-out\n{text}\n---")
-
-    def stop(why):
-        progress.close()
-        common.refuse(
-            f"step {step + 1}: {why}; stopped. Last checkpoint: {last_checkpoint}. A lower --lr or --clip may help"
-        )
-
+    # -------- batch refill: a step is the first batch_size groups with advantages
     refill = common.Refill(
-        len(examples["train"]),
-        args.batch_size,
-        accept,
-        args.seed,
-        processes,
-        args.batch_size,  # `train` gets all of a step at once, and cuts it by tokens
-        backward_cost=None,  # roll-outs have to be sampled first: there is no training straight away
+        size=len(train),
+        batch_size=args.batch_size,
+        accept=lambda values: values[:, 2] > 0,  # balanced: some advantage is not 0
+        rounds=lambda ids: [ids],  # `forward` splits them by roll-outs
+        seed=args.seed,
+        processes=accelerator.num_processes,
+        spare=1.0,  # an engine is fastest if asked for all at once
     )
-    state = common.TrainingState(args, accelerator, refill)
-    step, clipped, last_checkpoint = state.restore()
-    # From here on, since the engines take over the weights as they are now.
-    grader = common.Grader(min(os.cpu_count(), 8)) if accelerator.is_main_process else None
-    sampler = common.spawn_engines(args, accelerator, tokenizer, longest, model)
-    progress = tqdm(
-        total=args.epochs * len(examples["train"]),
-        unit="candidate",
-        disable=not accelerator.is_local_main_process,
-        mininterval=1,
-    )
-    for epoch in state.epochs():
-        epoch_started = time.perf_counter()
-        while args.max_steps is None or step < args.max_steps:
-            step_started = time.perf_counter()
-            lr = args.lr * min(1, (step + 1) / max(args.warmup_steps, 1))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            for measured in (groups, trainer_log_probs, seconds, calls):
-                measured.clear()
-            done = refill.next_step(score, train, None)
-            if done is None:
+    record = {  # what evaluation reads from a checkpoint
+        "template": args.template,
+        "prompt": args.prompt,
+        "max_new_tokens": args.max_new_tokens,
+        "data": str(Path(args.data).resolve()) if Path(args.data).exists() else args.data,
+    }
+
+    # -------- training loop
+    with common.Run(args, accelerator, model, tokenizer, refill, record) as run:
+        grader = common.Grader(min(os.cpu_count(), 8)) if accelerator.is_main_process else None
+        sampler = common.make_sampler(args, accelerator, args.model, tokenizer, longest, model)
+        for epoch in range(max(refill.epoch, 1), args.epochs + 1):
+            if refill.epoch < epoch:  # a resumed run may be within it, or even at its end
+                refill.start_epoch()
+            epoch_started = time.perf_counter()
+            counts.clear()
+            while run.step != args.max_steps:
+                started, calls = time.perf_counter(), counts["calls"]
+                for measured in (groups, seconds, log_pi):
+                    measured.clear()
+                lr = args.lr * min(1, (run.step + 1) / max(args.warmup_steps, 1))
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                step = run.next_step(score, forward)
+                if step is None:
+                    break
+                grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.clip))
+                if not math.isfinite(grad_norm):
+                    common.fail(f"step {run.step + 1}: the gradient norm is {grad_norm}")
+                optimizer.step()
+                optimizer.zero_grad()
+                seconds["training"] = time.perf_counter() - started - sum(seconds.values())
+                sampler.update_weights(model)
+                all_seconds = time.perf_counter() - started
+                seconds["sync"] = all_seconds - sum(seconds.values())
+
+                run.step += 1
+                lengths = [len(one.completion_ids) for i in step.ids for one, _, _ in groups[i]]
+                metrics = {
+                    "step": run.step,
+                    "epoch": epoch,
+                    "reward": step.values[:, 0].mean().item(),  # of all candidates
+                    "format_rate": step.values[:, 1].mean().item(),
+                    "accepted": len(step.ids),
+                    "candidates": len(step.seen),
+                    "all_wrong": (step.values[:, 0] == 0).sum().item(),
+                    "mean_length": sum(lengths) / len(lengths),
+                    "entropy": -log_pi["trainer"] / sum(lengths),  # nats per token
+                    "engine_to_trainer": log_pi["engine"] / log_pi["trainer"],  # 1: same weights
+                    "lr": lr,
+                    "grad_norm": grad_norm,
+                    "sampling_calls": counts["calls"] - calls,
+                    **{f"seconds_{phase}": value for phase, value in seconds.items()},
+                    "seconds": all_seconds,
+                    "tokens_per_second": sum(lengths) / all_seconds,
+                    "ids": [train[i].id for i in step.ids],
+                }
+                progress.set_postfix(reward=metrics["reward"], used=len(step.ids) / len(step.seen))
+                progress.update((epoch - 1) * len(train) + refill.position - progress.n)
+                run.end_step(metrics)
+
+            # -------- end of an epoch, or of --max-steps
+            if counts["calls"] and not counts["balanced"]:
+                progress.close()
+                common.fail(
+                    f"no group of {counts['sampled']:,} is balanced. Teach the model the format: "
+                    f"train_cot_dcoa.py --n-prime 1 --template {args.template} --out runs/warm"
+                )
+            finished = refill.position == len(refill.order)
+            run.save_checkpoint(f"epoch-{epoch}" if finished else f"step-{run.step}")
+            summary = {"epoch": epoch, "step": run.step}
+            if test:
+                golds = [test_rows[example.id]["answer"] for example in test]
+                found = common.evaluate_by_sampling(sampler, grader, tokenizer, test, golds, args)
+                summary |= found or {}  # it is the main process's
+            summary["seconds"] = time.perf_counter() - epoch_started
+            run.end_epoch(summary)
+            shown = "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if "pass@" in k)
+            progress.write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
+            if run.step == args.max_steps:
                 break
-            grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.clip))
-            if not math.isfinite(grad_norm):
-                stop(f"the gradient's norm is {grad_norm}")
-            optimizer.step()
-            optimizer.zero_grad()
-            timed("sync", sampler.update_weights, model)
-
-            step, clipped = step + 1, clipped + (grad_norm > args.clip)
-            seconds["all"] = time.perf_counter() - step_started
-            seconds["training"] = 2 * seconds["all"] - seconds.total()
-            seen = refill.order[refill.position - done.candidates : refill.position]
-            drawn = [one for i in done.ids for one in groups[i][0]]
-            sampled, ours = sum(len(one.token_ids) for one in drawn), sum(trainer_log_probs.values())
-            theirs = None if drawn[0].log_prob is None else sum(one.log_prob for one in drawn)
-            # The surrogate's value: each ratio is 1.
-            loss = -sum(
-                (groups[i][2] - groups[i][2].mean())
-                @ torch.tensor([len(one.token_ids) for one in groups[i][0]]).double()
-                for i in done.ids
-            ).item() / (len(done.ids) * args.rollouts)
-            answers = [answer for i in seen for answer in groups[i][1]]
-            metrics = {
-                "step": step,
-                "epoch": epoch,
-                "loss": loss,
-                "accepted": len(done.ids),
-                "candidates": done.candidates,
-                "all_wrong": (done.values == 0).sum().item(),  # groups that were replaced
-                "all_right": (done.values == 1).sum().item(),
-                "reward": done.values.mean().item(),  # over all candidates, as is the format rate
-                "format_rate": sum(answer is not None for answer in answers) / len(answers),
-                "mean_length": sampled / len(drawn),
-                "entropy": -ours / sampled,  # nats a token, estimated by the roll-outs' own log π
-                "engine_to_trainer": None if theirs is None else theirs / ours,  # of log π: 1, or the weights are stale
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "clipped_share": clipped / step,
-                "sampling_calls": calls["sampling"],
-                **{f"seconds_{phase}": seconds[phase] for phase in ("sampling", "grading", "training", "sync")},
-                "seconds": seconds["all"],
-                "tokens_per_second": sampled / seconds["all"],
-                "ids": [examples["train"][i].id for i in done.ids],
-            }
-            if accelerator.is_main_process:
-                common.append_json(args.out / "metrics.jsonl", metrics)
-            accelerator.log({name: value for name, value in metrics.items() if name != "ids"}, step=step)
-            progress.set_postfix(
-                reward=f"{metrics['reward']:.3f}",
-                format=f"{metrics['format_rate']:.2f}",
-                accept=f"{len(done.ids) / done.candidates:.2f}",
-                sampling=f"{seconds['sampling'] / seconds['all']:.0%}",
-                refresh=False,
-            )
-            if step % args.show_every == 1 or args.show_every == 1:
-                show(done.ids[0])
-            share_of_epoch = epoch - 1 + refill.position / len(refill.order)
-            progress.update(round(share_of_epoch * len(examples["train"])) - progress.n)
-            state.end_step(step, clipped, last_checkpoint)
-
-        finished = refill.position == len(refill.order)
-        state.end_epoch(step, clipped, last_checkpoint)
-        last_checkpoint = args.out / (f"epoch-{epoch}" if finished else f"step-{step}")
-        about = record | {"step": step, "epoch": epoch}
-        common.save_checkpoint(accelerator, model, tokenizer, last_checkpoint, about)
-        measured = {}
-        if examples["test"]:
-            golds = [rows["test"][example.id]["answer"] for example in examples["test"]]
-            measured = common.sampled_summary(accelerator, sampler, tokenizer, grader, examples["test"], golds, args)
-        common.end_epoch(args, accelerator, refill, step, epoch_started, measured)
-        if not finished or step == args.max_steps:
-            break
-    progress.close()
-    state.end_run()
-    sampler.shut_down()
-    if grader:
-        grader.close()
-    more = f" --n {max(args.eval_n, 256)}" + ("" if examples["test"] else " --data FOLDER")  # one with a test.jsonl
-    accelerator.print(f"done. Measure and draw pass@N: python eval_passn.py {last_checkpoint}{more}")
-    common.end(accelerator)
+        progress.close()
+        accelerator.print(f"done. Measure pass@N: python eval_passn.py {args.out}/epoch-* --n 256")
 
 
 if __name__ == "__main__":

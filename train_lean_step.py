@@ -150,9 +150,7 @@ def main(argv=None):
     candidates = [steps for steps in candidates.values() if None not in steps]
     if not candidates:
         common.fail(f"--data {args.data}: no usable steps (dropped: {dropped})")
-    accelerator = common.make_accelerator(
-        args.zero, args.clip, args.offload, args.report_to, args.out
-    )
+    accelerator = common.make_accelerator(args)
     model, optimizer = common.prepare_training(args, tokenizer, accelerator)
     common.check_packing(accelerator, model, train[:2])
     accelerator.print(

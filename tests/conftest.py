@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of this size are slower 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)  # the tests start and end their own engines
 
-from small_runs import TINY_LLAMA, reference, small_data, train  # noqa: E402, F401
+from small_runs import TINY_LLAMA, reference, small_data, train, write_rows  # noqa: E402, F401
 
 import common  # noqa: E402
 
@@ -73,18 +74,6 @@ def cross_entropy_run(tmp_path_factory):
     return out, printed.getvalue()
 
 
-@pytest.fixture(scope="session")
-def engines(tokenizer, tmp_path_factory):
-    """The vLLM engine of the session, for the tiny model; give it weights before you use it."""
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
-    model, logs = common.load_model(TINY_LLAMA, tokenizer), tmp_path_factory.mktemp("engines")
-    accelerator = common.make_accelerator()
-    engines = common.VLLMEngines(accelerator, TINY_LLAMA, tokenizer, 256, logs, model)
-    yield engines
-    engines.shut_down()
-
-
 # Lean
 @pytest.fixture(scope="session")
 def lean(tmp_path_factory):
@@ -115,15 +104,33 @@ def ray_session(lean):
         ray.shutdown()
 
 
-# Evaluation
-@pytest.fixture(autouse=True, scope="session")
-def sampler_without_engines():
-    """Sample with transformers where common.py has no choice of engines."""
-    import common
+# Engines
+@pytest.fixture(scope="session")
+def engines(tokenizer, ray_session, tmp_path_factory):
+    """The vLLM engine of the session, for the tiny model; give it weights before you use it."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    out = tmp_path_factory.mktemp("engines")
+    args = SimpleNamespace(out=out, gpu_memory=0.3, gpus_per_engine=1)
+    accelerator, model = common.make_accelerator(), common.load_model(TINY_LLAMA, tokenizer)
+    engines = common.VLLMEngines(args, accelerator, TINY_LLAMA, tokenizer, 256, model)
+    yield engines
+    engines.shut_down()
 
-    def make_sampler(args, accelerator, checkpoint, tokenizer, max_length, model=None):
-        model = model or common.load_model(checkpoint, tokenizer)
-        return common.TransformersSampler(accelerator, model, tokenizer)
 
-    if not hasattr(common, "make_sampler"):
-        common.make_sampler = make_sampler
+@pytest.fixture(scope="session")
+def warm_start(tmp_path_factory):
+    """A checkpoint that has learnt the format of r1-short and some sums, and data of such sums."""
+    import train_cot_dcoa
+
+    rows = [
+        {"problem": f"{a}+{b}=", "answer": str(a + b), "solution": f"{a}+{b}={a + b}"}
+        for a in range(6)
+        for b in range(6)
+    ]
+    folder = tmp_path_factory.mktemp("warm")
+    write_rows(folder / "data", train=rows * 60)
+    flags = ["--n-prime", "1", "--template", "r1-short", "--data", folder / "data", "--epochs", "1"]
+    flags += ["--lr", "0.01", "--warmup-steps", "10", "--batch-size", "36", "--out", folder / "run"]
+    train_cot_dcoa.main([str(flag) for flag in flags])
+    return folder / "run/epoch-1", write_rows(folder / "few", train=rows, test=rows[:4])

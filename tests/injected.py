@@ -1,13 +1,9 @@
-"""Samples that a test makes up, in place of an engine's, for training scripts that run in the test's process."""
-
-import json
+"""Samples that a test makes up, for training scripts that run in the test's process."""
 
 import torch
-from conftest import ROOT
+from small_runs import write_rows
 
 import common
-
-TINY = str(ROOT / "examples/tiny_llama")
 
 
 def sums(count):
@@ -15,15 +11,13 @@ def sums(count):
     rows = []
     for i in range(count):
         a, b = 10 + i % 80, i // 80
-        rows.append({"problem": f"{a}+{b}=", "answer": str(a + b), "solution": f"{a}+{b}=\\boxed{{{a + b}}}"})
+        rows.append({"problem": f"{a}+{b}=", "answer": str(a + b)})
+        rows[-1]["solution"] = f"{a}+{b}=\\boxed{{{a + b}}}"
     return rows
 
 
 def write(folder, train, test=()):
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in (("train", train), ("test", test)):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_rows(folder, train=train, test=test)
 
 
 def spell(tokenizer, text, end=True):
@@ -32,23 +26,26 @@ def spell(tokenizer, text, end=True):
 
 
 class Injected:
-    """Stands in for `common.spawn_engines` and for what it returns. draw(id, step, n) -> n lists of token ids; step
-    counts the weights received. events: ("generate", ids, n, seeds, step) and ("update",), in their order."""
+    """Stands in for common.make_sampler and for the sampler. draw(id, step, n) returns n lists of
+    token ids; step counts the weights received. events: ("generate", ids, n, seeds, step) and
+    ("update",), in their order."""
 
     def __init__(self, data, template, tokenizer, draw):
-        rows = common.load_problems(str(data), "train") + common.load_problems(str(data), "test", False)
-        examples, _ = common.encode([row | {"solution": "-"} for row in rows], tokenizer, template, 2048)
-        # A test problem has the number of a training problem as well; no test here needs to tell them apart.
-        self.id_of = {tuple(example.prompt_ids): example.id for example in reversed(examples)}
+        rows = common.load_problems(str(data), "train")
+        rows += common.load_problems(str(data), "test", required=False)
+        self.id_of = {}
+        for row in rows:
+            prompt = common.fill(common.TEMPLATES[template].prompt, row)
+            self.id_of.setdefault(tuple(tokenizer(prompt).input_ids), row["id"])
         self.draw, self.step, self.events = draw, 0, []
 
-    def __call__(self, args, accelerator, tokenizer, longest, model):
+    def __call__(self, args, accelerator, checkpoint, tokenizer, max_length, model=None):
         return self
 
     def generate(self, prompts, n, max_new_tokens, seeds=None, temperature=1.0):
         ids = [self.id_of[tuple(prompt)] for prompt in prompts]
         self.events.append(("generate", ids, n, seeds, self.step))
-        return [[common.Completion(one, None) for one in self.draw(i, self.step, n)] for i in ids]
+        return [[common.Completion(one, -1.0) for one in self.draw(i, self.step, n)] for i in ids]
 
     def update_weights(self, model):
         self.step += 1
@@ -57,17 +54,16 @@ class Injected:
     def seeds(self):
         """{(id, step): the seeds that it was sampled with}."""
         found = {}
-        for _, ids, _, seeds, step in (event for event in self.events if event[0] == "generate"):
-            for i, seed in zip(ids, seeds, strict=True):
-                found.setdefault((i, step), set()).add(seed)
+        for event in self.events:
+            if event[0] == "generate":
+                _, ids, _, seeds, step = event
+                for i, seed in zip(ids, seeds, strict=True):
+                    found.setdefault((i, step), set()).add(seed)
         return found
-
-    def shut_down(self):
-        self.events.append(("shut down",))
 
 
 def use_plain_sgd(monkeypatch):
-    """AdamW hides the scale of a gradient, so a wrong factor would not show; plain descent hides nothing."""
+    """AdamW hides the scale of a gradient, so a wrong factor would not show."""
 
     class Descent(torch.optim.SGD):
         def __init__(self, parameters, lr, betas, weight_decay):
