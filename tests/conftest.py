@@ -77,11 +77,10 @@ def cross_entropy_run(tmp_path_factory):
 # Lean
 @pytest.fixture(scope="session")
 def lean(tmp_path_factory):
-    """{name: theorem} of the stand-in for Lean, which lean_dojo finds from here on."""
-    from lean_stand_in import make_repository, running
+    """{name: theorem} of the stand-in for Lean, which stand_in_dojo.py finds from here on."""
+    from lean_stand_in import make_folder, running
 
-    assert "lean_dojo" not in sys.modules, "it reads where its cache is when it is imported"
-    variables, theorems = make_repository(tmp_path_factory.mktemp("lean"))
+    variables, theorems = make_folder(tmp_path_factory.mktemp("lean"))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)

@@ -13,13 +13,12 @@ from lean_stand_in import running
 @pytest.fixture
 def enter(lean):
     """Enter the environment of a theorem, which is closed in the end."""
-    dojo = pytest.importorskip("lean_dojo")
+    stand_in_dojo = pytest.importorskip("stand_in_dojo")
     opened = []
 
     def enter(name):
-        record = lean[name]
-        repository = dojo.LeanGitRepo(record["url"], record["commit"])
-        opened.append(dojo.Dojo(dojo.Theorem(repository, Path("Standin.lean"), name), timeout=60))
+        theorem = stand_in_dojo.Theorem(None, Path("Standin.lean"), name)
+        opened.append(stand_in_dojo.Dojo(theorem, timeout=60))
         return opened[-1].__enter__()
 
     yield enter

@@ -256,7 +256,7 @@ def test_the_ensemble_its_baseline_and_paired_differences(tmp_path, capsys):
 def worker(lean, monkeypatch):
     monkeypatch.setenv("TACTIC_MEMORY_LIMIT", "8g")
     handler = signal.getsignal(signal.SIGHUP)
-    worker = prove.LeanWorker("lean_dojo:Dojo", 1.0, 20.0, 1)
+    worker = prove.LeanWorker("stand_in_dojo:Dojo", 1.0, 20.0, 1)
     signal.signal(signal.SIGHUP, handler)
     yield worker
     worker.leave()
@@ -417,7 +417,7 @@ def scripted(lean, tmp_path_factory):
     checkpoint = scripted_prove.make_checkpoint(folder / "model", CHANCES)
     (folder / "theorems.json").write_text(json.dumps([lean[name] for name in NAMES]))
     flags = ["--preset", "laptop", "--model", checkpoint, "--theorems", folder / "theorems.json"]
-    flags += ["--dojo", "lean_dojo:Dojo", "--passes", 64, "--block", 16, "--max-steps", 4]
+    flags += ["--dojo", "stand_in_dojo:Dojo", "--passes", 64, "--block", 16, "--max-steps", 4]
     return list(map(str, [*flags, "--workers", 1, "--tactic-timeout", 60]))
 
 
@@ -510,7 +510,7 @@ def test_what_is_missing_is_named(scripted, lean, tmp_path, monkeypatch, capsys)
 
     def theorems(**more):
         (tmp_path / "theorems.json").write_text(json.dumps([lean["one_step"] | more]))
-        return "--theorems", tmp_path / "theorems.json"
+        return "--dojo", "lean_dojo:Dojo", "--theorems", tmp_path / "theorems.json"
 
     assert "--passes must be positive" in message("--passes", 0)
     assert "not a list of theorems" in message("--theorems", tmp_path / "none.json")
