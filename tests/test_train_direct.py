@@ -26,9 +26,9 @@ def test_same_run_for_each_token_budget_and_way_of_refilling(
     def forced(**settings):
         return refill(**settings | {"straight_above": way})
 
-    def watched(model, examples):
+    def watched(model, examples, *more, **settings):
         most.append(sum(map(len, examples)))
-        return log_probs(model, examples)
+        return log_probs(model, examples, *more, **settings)
 
     monkeypatch.setattr(common, "Refill", forced)
     monkeypatch.setattr(common, "log_probs", watched)
