@@ -151,7 +151,7 @@ def measure(args, accelerator, checkpoint, record, temperature, rows):
     name = checkpoint + (f", T = {temperature:g}" if temperature != 1 else "")
     result = settings | {"name": name, "checkpoint": checkpoint, "temperature": temperature}
     result |= {"n": args.n, "max_new_tokens": record["max_new_tokens"] or longest}
-    accelerator.print(f"{name}: {len(rows):,} problems, dropped and so unsolved: {dropped or 0}")
+    accelerator.print(f"{name}: {len(rows):,} problems, dropped, hence unsolved: {dropped or 0}")
     columns = score(args, accelerator, tokenizer, examples, result) if direct else {}
     torch.cuda.empty_cache()  # engines take most of the memory
     if args.n:

@@ -10,8 +10,7 @@ Loss, over problems x with answers y (Eq. 3, 4):
 
 --n-prime 1 is cross-entropy. Examples with F < --factor-threshold are replaced by the next ones of
 the stream, so that every step averages over --batch-size examples that matter. Writes to --out:
-args.json, metrics.jsonl (one line per step), epochs.jsonl, epoch-<k>/ (Hugging Face checkpoints
-for eval_passn.py) and state/ (for --resume).
+args.json, metrics.jsonl (a line per step), epochs.jsonl, checkpoints epoch-<k>/ and state/.
 """
 
 import argparse
@@ -128,9 +127,7 @@ def main(argv=None):
     test, _ = common.encode(rows, tokenizer, config, args.template, args.prompt)
     if not train:
         common.fail(f"--data {args.data}: no usable examples (dropped: {dropped})")
-    accelerator = common.make_accelerator(
-        args.zero, args.clip, args.offload, args.report_to, args.out
-    )
+    accelerator = common.make_accelerator(args)
     model, optimizer = common.prepare_training(args, tokenizer, accelerator)
     common.check_packing(accelerator, model, train[:2])
     accelerator.print(
@@ -236,9 +233,8 @@ def main(argv=None):
                     "tokens_per_second": sum(len(train[i]) for i in step.seen) / seconds,
                     "ids": [train[i].id for i in step.ids],
                 }
-                accept_rate = len(step.ids) / len(step.seen)
                 progress.set_postfix(
-                    loss=f"{metrics['loss']:.3f}", accept=f"{accept_rate:.2f}", refresh=False
+                    loss=f"{metrics['loss']:.3f}", F=f"{metrics['mean_factor']:.2f}", refresh=False
                 )
                 progress.update((epoch - 1) * len(train) + refill.position - progress.n)
                 while epoch == 1 and shares and refill.position >= shares[0] * len(train):

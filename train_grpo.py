@@ -137,9 +137,7 @@ def main(argv=None):
     longest = max(len(example.prompt_ids) for example in [*train, *test]) + args.max_new_tokens
     if longest > getattr(config, "max_position_embeddings", math.inf):
         common.fail(f"prompt and --max-new-tokens make {longest}, too many for {args.model}")
-    accelerator = common.make_accelerator(
-        args.zero, args.clip, args.offload, args.report_to, args.out
-    )
+    accelerator = common.make_accelerator(args)
     model, optimizer = common.prepare_training(args, tokenizer, accelerator)
     probes = [common.Example(0, example.prompt_ids, example.prompt_ids) for example in train[:2]]
     common.check_packing(accelerator, model, probes)

@@ -74,24 +74,39 @@ def cross_entropy_run(tmp_path_factory):
     return out, printed.getvalue()
 
 
+# Lean
 @pytest.fixture(scope="session")
 def lean(tmp_path_factory):
-    """The environment in which lean_dojo meets a stand-in for Lean, set for this process."""
-    from lean_repository import make_repository, running
+    """{name: theorem} of the stand-in for Lean, which stand_in_dojo.py finds from here on."""
+    from lean_stand_in import make_folder, running
 
-    assert "lean_dojo" not in sys.modules, "it reads where its cache is when it is imported"
-    environment = make_repository(tmp_path_factory.mktemp("lean"))
+    variables, theorems = make_folder(tmp_path_factory.mktemp("lean"))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
+        for name, value in variables.items():
             patch.setenv(name, value)
-        yield environment
-    for pid in running(environment):
+        yield theorems
+    for pid in running(variables):
         os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def ray_session(lean):
+    """The one Ray of the session, whose workers find the stand-in for Lean."""
+    import prove
+
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [ROOT, ROOT / "tests"])))
+        ray = common.start_ray()
+        ray.cloudpickle.register_pickle_by_value(prove)  # as a script's, workers import no torch
+        signal.signal(signal.SIGHUP, handler)
+        yield ray
+        ray.shutdown()
 
 
 # Engines
 @pytest.fixture(scope="session")
-def engines(tokenizer, tmp_path_factory):
+def engines(tokenizer, ray_session, tmp_path_factory):
     """The vLLM engine of the session, for the tiny model; give it weights before you use it."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")

@@ -1,8 +1,5 @@
-"""A scripted stand-in for Lean, for tests of what drives Lean through the real lean_dojo: only Lean itself is missing.
-
-Run as `python lean_stand_in.py lean ... FILE`, it speaks the protocol of lean_dojo's Lean4Repl.lean for the theorem of
-THEOREMS whose proof FILE leaves to `lean_dojo_repl`. lean_repository.py writes all that lean_dojo needs to get here.
-"""
+"""A scripted stand-in for Lean. Run as `python lean_stand_in.py lean ... FILE`, it speaks the
+protocol of lean_dojo's Lean4Repl.lean for the theorem of THEOREMS that FILE names."""
 
 import json
 import os
@@ -12,60 +9,51 @@ import time
 from pathlib import Path
 
 DONE = "no goals"
-PIDS = "LEAN_STAND_IN_PIDS"  # a file: every process started here appends "PID THEOREM"
-TRIES = "LEAN_STAND_IN_TRIES"  # a folder: a file in it for everything that fails the first time only
+FOLDER = "LEAN_STAND_IN"  # holds pids, a file to which every process appends "PID THEOREM"
+TRIES = "LEAN_STAND_IN_TRIES"  # a folder: a file in it for everything that fails only once
 
 
+# ---- Lean -----------------------------------------------------------------------------------
 def say(text):
     print(text, end="", flush=True)
 
 
 def reply(sid=None, state=None, error=None):
-    say("REPL> " + json.dumps({"tacticState": state, "sid": sid, "error": error}, ensure_ascii=False) + "\n")
+    text = json.dumps({"tacticState": state, "sid": sid, "error": error}, ensure_ascii=False)
+    say(f"REPL> {text}\n")
 
 
-def fatal(message):
-    """What an error outside the tactics makes of Lean: it gives up this theorem, elaborates the rest, and is gone."""
-    say(f"Standin.lean:6:2: error: [fatal] {message}\n")
-    sys.exit(1)
-
-
-# Outcomes of a tactic: a str is the next state; a function of the state and the tactic returns one of these, raises
-# ValueError for Lean's error, or returns None if it has said all there is to say.
-def hang(state, tactic):
-    for name in (signal.SIGHUP, signal.SIGTERM):  # Lean busy in a loop may hear of neither
-        signal.signal(name, signal.SIG_IGN)
+# A tactic's outcome: the next state, or a function of the state that returns it, raises ValueError
+# for Lean's error, or returns None if it has said all there is to say.
+def hang(state):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while True:
         signal.pause()
 
 
-def die(state, tactic):
+def die(state):
     say('REPL> {"tacticState": "⊢ Fal')
     os._exit(1)
 
 
-def out_of_memory(state, tactic):
-    """The kill falls between two tactics: the first is answered, and 0.3 s are enough to read it."""
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(137))
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
-    return state
+def exceed_memory(state):
+    """What Lean 4.35 does over its memory limit."""
+    say("excessive memory consumption detected at 'interpreter' (potential solution: increase")
+    say(" memory consumption threshold)\n")
+    os._exit(1)
 
 
 def fail(message):
-    def outcome(state, tactic):
+    def outcome(state):
         raise ValueError(message)
 
     return outcome
 
 
-def after(seconds, outcome):
-    return lambda state, tactic: (time.sleep(seconds), outcome)[1]
-
-
-def first(mishap, then, name):
+def once(mishap, then, name):
     """The mishap once per TRIES folder, whichever process tries; from then on the other outcome."""
 
-    def outcome(state, tactic):
+    def outcome(state):
         try:
             (Path(os.environ[TRIES]) / name).touch(exist_ok=False)
             return mishap
@@ -75,106 +63,120 @@ def first(mishap, then, name):
     return outcome
 
 
-EVERYWHERE = {  # tactics, by their first word, of every state of every theorem
-    "skip": lambda state, tactic: state,
-    "grow": lambda state, tactic: f"h : True\n{state}",  # a new state at every turn: a search without an end
-    "sleep": lambda state, tactic: (time.sleep(float(tactic.split()[1])), state)[1],
+EVERYWHERE = {  # tactics of every state
+    "skip": lambda state: state,
+    "sleep": lambda state: (time.sleep(0.8), state)[1],
     "hang": hang,
     "die": die,
-    "out_of_memory": out_of_memory,
-    "out_of_memory_at_once": lambda state, tactic: os._exit(137),
-    "garbage": lambda state, tactic: say("REPL> Segmentation fault\n"),
-    "noise": lambda state, tactic: say("PANIC\n"),  # and no reply
-    "trace": lambda state, tactic: (say("a message\n"), state)[1],
-    "turnstiles": "⊢ one goal ⊢ or two",
+    "exceed_memory": exceed_memory,
+    "garbage": lambda state: say("REPL> Segmentation fault\n"),
 }
-SORRY = fail("proof contains `sorry`")  # Lean4Repl says so at the end of a proof, not at the tactic that had it
-AND = "p : Prop\nh : p\n⊢ p ∧ True"
-LEFT, RIGHT = "case left\np : Prop\nh : p\n⊢ p", "case right\np : Prop\nh : p\n⊢ True"
-SWAP = "p q : Prop\nh : p ∧ q\n⊢ q ∧ p"
-SWAP_LEFT, SWAP_RIGHT = "case left\np q : Prop\nh : p ∧ q\n⊢ q", "case right\np q : Prop\nh : p ∧ q\n⊢ p"
-PARTS = "p q : Prop\nhp : p\nhq : q\n⊢ q ∧ p"
-THEOREMS = {  # state → tactic → outcome; the first state is the theorem's own
-    "one_step": {"⊢ 2 + 2 = 4": {"norm_num": DONE, "rfl": DONE, "simp": fail("simp made no progress")}},
+SORRY = fail("proof contains `sorry`")  # said at the end of a proof, not at the tactic
+SWAP, PARTS = "p q : Prop\nh : p ∧ q\n⊢ q ∧ p", "p q : Prop\nhp : p\nhq : q\n⊢ q ∧ p"
+RIGHT = "case right\np q : Prop\nh : p ∧ q\n⊢ p"
+BOTH = f"case left\np q : Prop\nh : p ∧ q\n⊢ q\n\n{RIGHT}"
+ONE = "⊢ 1 = 1"
+THEOREMS = {  # state: {tactic: outcome}; the first state is the theorem's own
+    "one_step": {"⊢ 2 + 2 = 4": {"norm_num": DONE, "rfl": DONE}},
     "two_steps": {
-        SWAP: {"obtain ⟨hp, hq⟩ := h": PARTS, "constructor": SWAP_LEFT + "\n\n" + SWAP_RIGHT},
+        SWAP: {"obtain ⟨hp, hq⟩ := h": PARTS, "constructor": BOTH},
         PARTS: {"exact ⟨hq, hp⟩": DONE},
-        SWAP_LEFT + "\n\n" + SWAP_RIGHT: {"exact h.2": SWAP_RIGHT},
-        SWAP_RIGHT: {"exact h.1": DONE},
+        BOTH: {"exact h.2": RIGHT},
+        RIGHT: {"exact h.1": DONE},
     },
-    "three_steps": {
-        AND: {"constructor": LEFT + "\n\n" + RIGHT, "apply And.symm": "p : Prop\nh : p\n⊢ True ∧ p"},
-        "p : Prop\nh : p\n⊢ True ∧ p": {"apply And.symm": AND},  # a way round in a circle
-        LEFT + "\n\n" + RIGHT: {"exact h": RIGHT, "swap": RIGHT + "\n\n" + LEFT},
-        RIGHT + "\n\n" + LEFT: {"trivial": LEFT},
-        LEFT: {"exact h": DONE},
-        RIGHT: {"trivial": DONE},
-    },
-    "unprovable": {"⊢ False": {"exfalso": "⊢ False", "trivial": fail("The goal is not provable by trivial")}},
+    "unprovable": {"⊢ False": {"exfalso": "⊢ False"}},
     "native": {"⊢ 7919 = 7919": {"native_decide": DONE}},
     "sorry_inside": {
         "⊢ 1 < 2": {"have h : 1 < 2 := by sorry": "h : 1 < 2\n⊢ 1 < 2"},
         "h : 1 < 2\n⊢ 1 < 2": {"exact h": SORRY},
     },
-    "slow": {"⊢ 2 ^ 10 = 1024": {"norm_num": after(0.5, DONE), "decide": after(2, DONE)}},
-    "hanging": {"⊢ 1 = 1": {"simp": hang, "rfl": DONE}},
-    "hanging_only": {"⊢ 1 = 1": {"simp": hang, "rfl": hang}},
-    "dying": {"⊢ 1 = 1": {"simp": die, "rfl": DONE}},
-    "memory": {"⊢ 1 = 1": {"simp": lambda state, tactic: os._exit(137), "skip": out_of_memory, "rfl": DONE}},
-    "flaky_death": {"⊢ 1 = 1": {"rfl": first(die, DONE, "flaky_death")}},
-    "flaky_hang": {"⊢ 1 = 1": {"rfl": first(hang, DONE, "flaky_hang")}},
+    "hanging": {ONE: {"simp": hang, "rfl": DONE}},
+    "dying": {ONE: {"simp": die, "rfl": DONE}},
+    "flaky_death": {ONE: {"rfl": once(die, DONE, "flaky_death")}},
+    "flaky_hang": {ONE: {"rfl": once(hang, DONE, "flaky_hang")}},
+    "start_eof": {ONE: {}},
+    "start_solved": {ONE: {}},
+    "start_flaky": {ONE: {}},
 }
-STARTS = {  # what comes before the first state, which is "⊢ True" of one step
-    "start_eof": lambda state, tactic: os._exit(0),
-    "start_fatal": lambda state, tactic: fatal("not_a_theorem"),
-    "start_death": die,
-    "start_hang": hang,
-    "start_garbage": lambda state, tactic: say("REPL> Segmentation fault\n"),
-    "start_error": fail("the header"),
+STARTS = {  # what comes before the first state
+    "start_eof": lambda state: os._exit(0),
     "start_solved": DONE,
-    "start_slow": after(1, "⊢ True"),
-    "start_flaky": first(die, "⊢ True", "start_flaky"),
-    "start_flaky_hang": first(hang, "⊢ True", "start_flaky_hang"),
-}
-THEOREMS |= {name: {"⊢ True": {"trivial": DONE}} for name in STARTS}
-PROOFS = {  # proofs in the source file, with their traces; the others' are not traced
-    "one_step": ["norm_num"],
-    "two_steps": ["obtain ⟨hp, hq⟩ := h", "exact ⟨hq, hp⟩"],
-    "three_steps": ["constructor", "exact h", "trivial"],
+    "start_flaky": once(die, ONE, "start_flaky"),
 }
 
 
-def settle(outcome, state, tactic, sid):
-    """Reply with what the outcome comes to; the new state, if there is one."""
+def settle(outcome, state, sid):
+    """Reply with the outcome; return the new state, if there is one."""
     try:
         while callable(outcome):
-            outcome = outcome(state, tactic)
-        if outcome is not None:
-            reply(sid, outcome)
-        return outcome
+            outcome = outcome(state)
     except ValueError as error:
-        reply(error=str(error))
+        return reply(error=str(error))
+    if outcome is not None:
+        reply(sid, outcome)
+    return outcome
 
 
 def lean(file):
-    name = Path(file).read_text().split("lean_dojo_repl")[0].split("theorem ")[-1].split()[0]
-    with open(os.environ[PIDS], "a") as pids:
+    name = Path(file).read_text()
+    with open(f"{os.environ[FOLDER]}/pids", "a") as pids:
         pids.write(f"{os.getpid()} {name}\n")
-    opening = next(iter(THEOREMS[name]))
-    states = [settle(STARTS.get(name, opening), opening, "", 0)]
+    first = next(iter(THEOREMS[name]))
+    states = [settle(STARTS.get(name, first), first, 0)]
     for line in sys.stdin:
-        try:
-            request = json.loads(line)
-        except ValueError:
-            fatal("failed to parse JSON")
-        if request["sid"] >= len(states):
-            fatal(f"unknown tsid: {request['sid']}")
+        request = json.loads(line)  # a line that the terminal has cut ends the process
         state, tactic = states[request["sid"]], request["cmd"]
         outcome = THEOREMS[name].get(state, {}).get(tactic) or EVERYWHERE.get(tactic.split(" ")[0])
-        outcome = outcome or (SORRY if "sorry" in tactic else fail("<stdin>:1:1: unknown tactic"))
-        state = settle(outcome, state, tactic, len(states))
+        outcome = outcome or (SORRY if "sorry" in tactic else fail("unknown tactic"))
+        state = settle(outcome, state, len(states))
         states += [] if state is None else [state]
-    fatal("failed to parse JSON")  # Lean takes the end of its input for an empty line
+
+
+# ---- Its folder and processes ---------------------------------------------------------------
+LAKE = """#!/bin/sh
+shift
+{python} -E -S -X utf8 {stand_in} "$@"
+exit $?
+"""
+
+
+def make_folder(folder):
+    """Write what lean_dojo looks for. Returns (variables of the environment, {name: theorem})."""
+    lake = folder / "bin/lake"
+    for new in (lake.parent, folder / "tries"):
+        new.mkdir()
+    lake.write_text(LAKE.format(python=sys.executable, stand_in=__file__))
+    lake.chmod(0o755)
+    for name in ("pids", "Lean4Repl.lean"):
+        (folder / name).touch()
+    variables = {
+        "PATH": f"{lake.parent}{os.pathsep}{os.environ['PATH']}",
+        "GITHUB_ACCESS_TOKEN": "",  # with one, importing lean_dojo asks GitHub for its user
+        FOLDER: str(folder),
+        TRIES: str(folder / "tries"),
+    }
+    place = {"url": "stand-in", "commit": "0", "file_path": "Standin.lean"}
+    return variables, {name: place | {"full_name": name} for name in THEOREMS}
+
+
+def running(variables, theorem=None, wait=0.0):
+    """Process ids of the stand-ins that still run after up to `wait` seconds, of one or all."""
+    end = time.monotonic() + wait
+    while True:
+        started = [
+            line.split() for line in Path(variables[FOLDER], "pids").read_text().splitlines()
+        ]
+        found = [int(pid) for pid, name in started if theorem in (None, name) and is_alive(pid)]
+        if not found or time.monotonic() >= end:
+            return found
+        time.sleep(0.02)
+
+
+def is_alive(pid):
+    try:
+        return "lean_stand_in" in Path(f"/proc/{pid}/cmdline").read_text()  # empty for a zombie
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 if __name__ == "__main__":

@@ -1,89 +1,54 @@
-"""prove.py with a model that is a table: checkpoints name the chance of each tactic in each state.
-
-    python tests/scripted_prove.py [prove.py's arguments]
-
-All else is prove.py's own: the search, Ray, Lean's worker, the files. What is drawn depends on the seeds of prove.py
-alone, so that two runs with the same settings draw the same.
-"""
+"""python tests/scripted_prove.py [prove.py's arguments]: prove.py with a model that is a table, for
+which a checkpoint names the chance of each tactic in each state."""
 
 import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
+import ray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 import prove
 
-PAUSE = "SCRIPTED_PAUSE"  # seconds that each request takes, for tests that want to be in the middle of a run
-EOS = 256
 
+class ScriptedSampler:
+    """In place of prove.TacticSampler. What it draws depends on the keys of the requests alone."""
 
-class Bytes:
-    """A tokenizer of bytes, with all that prove.py asks of one."""
+    def __init__(self, args, checkpoint, times):
+        self.chances = json.loads((Path(checkpoint) / "model.safetensors").read_text())
+        self.seed, self.sampler = common.seed_of(args.seed, checkpoint, times), self
 
-    eos_token_id = EOS
-
-    def __call__(self, text):
-        return type("Encoding", (), {"input_ids": list(text.encode())})
-
-    def decode(self, ids, **_):
-        return bytes(one for one in ids if one != EOS).decode()
-
-
-class Table(torch.nn.Module):
-    def __init__(self, chances):
-        super().__init__()
-        self.chances = chances
-
-
-class Sampler:
-    """In place of common.LiveModel."""
-
-    def __init__(self, accelerator, model, tokenizer, *_):
-        self.chances, self.prompt = model.chances, common.TEMPLATES["lean"].prompt
-
-    def generate(self, prompts, counts, max_new_tokens, seeds):
-        time.sleep(float(os.environ.get(PAUSE, 0)))
-        found = []
-        for ids, n, seed in zip(prompts, counts, seeds, strict=True):
-            state = bytes(ids).decode().removesuffix(self.prompt.partition("{problem}")[2])
-            table = self.chances.get(state) or self.chances["else"]
+    def sample(self, requests):
+        time.sleep(float(os.environ.get("SCRIPTED_PAUSE", 0)))
+        answers = []
+        for text, n, key in requests:
+            table = self.chances.get(text) or self.chances["else"]
             weights = np.array(list(table.values()), dtype=float)
-            drawn = np.random.default_rng(seed).multinomial(n, weights / weights.sum())
-            ends = [list(tactic.encode()) + [EOS] * (tactic != "no end") for tactic in table]
-            found.append([common.Completion(end, None) for end, m in zip(ends, drawn, strict=True) for _ in range(m)])
-        return found
+            rng = np.random.default_rng(common.seed_of(self.seed, key))
+            drawn = rng.multinomial(n, weights / weights.sum()).tolist()
+            tactics = [None if tactic == "no end" else tactic for tactic in table]
+            answers.append((+Counter(dict(zip(tactics, drawn, strict=True))), 0.0))
+        return answers
 
     def shut_down(self):
         pass
 
 
-def make_checkpoint(folder: Path, chances: dict, **record) -> Path:
-    """chances: {state, or "else": {tactic: weight}}; the tactic "no end" is one that no EOS closes."""
+def make_checkpoint(folder, chances, **record):
+    """chances: {state, or "else": {tactic: weight}}; "no end" is a tactic that no EOS closes."""
     folder.mkdir(parents=True)
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8192}
-    (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_text(json.dumps(chances))
-    record = {"template": "lean", "max_new_tokens": 200, "max_length": 8192, "base": "none"} | record
-    (folder / "dco.json").write_text(json.dumps(record))
+    (folder / "dco.json").write_text(json.dumps({"template": "lean", "n_prime": 1.0} | record))
     return folder
 
 
-def load_model(checkpoint, tokenizer, dtype):
-    return Table(json.loads((Path(checkpoint) / "model.safetensors").read_text())), False
-
-
-def main(argv):
-    common.load_tokenizer = lambda checkpoint: Bytes()
-    common.load_model, common.LiveModel = load_model, Sampler
-    prove.main(argv)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    ray.cloudpickle.register_pickle_by_value(prove)  # workers import no torch, as in prove.py
+    prove.TacticSampler = ScriptedSampler
+    prove.main(sys.argv[1:])

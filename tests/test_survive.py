@@ -161,12 +161,11 @@ KILLS = [  # the call before which a run is killed; each run resumes the one bef
     ("torch.save", 2),  # a state half written
     ("os.fsync", 1),  # a state written, but not to the disk
     ("pathlib.Path.rename", 1),
-    ("pathlib.Path.rename", 2),
     ("shutil.rmtree", 6),  # two states
     ("transformers.PreTrainedModel.save_pretrained", 1),
     ("transformers.PreTrainedTokenizerBase.save_pretrained", 1),  # half a checkpoint
     ("common.evaluate_exactly", 1),
-    ("common.Run.log", 5),
+    ("torch.save", 5),
 ]
 
 
@@ -176,7 +175,7 @@ def test_what_is_killed_while_it_writes_leaves_whole_files(start, undisturbed, t
         start(out, strike=(target, count, send, signal.SIGKILL))[1](-signal.SIGKILL)
         assert_whole(out, undisturbed)
         last.append(max(states(out), default=0))
-    assert last == sorted(last) and len(set(last)) > 3
+    assert last == sorted(last) and last[-1] > 4
     assert_ends_with_the_same_bytes(start, out, undisturbed)
 
 

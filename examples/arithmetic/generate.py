@@ -96,14 +96,18 @@ def generate(seed, train_per_level=TRAIN_PER_LEVEL, test_per_level=TEST_PER_LEVE
                 continue
             seen.add(problem)
             solution = f"{steps}=\\boxed{{{answer}}}"
-            rows.append({"problem": problem, "answer": str(answer), "solution": solution, "level": level})
+            rows.append(
+                {"problem": problem, "answer": str(answer), "solution": solution, "level": level}
+            )
         by_level.append(rows)
     train = [row for rows in zip(*by_level, strict=True) for row in rows]
     return train[: train_per_level * len(LEVELS)], train[train_per_level * len(LEVELS) :]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-per-level", type=int, default=TRAIN_PER_LEVEL)
     parser.add_argument("--test-per-level", type=int, default=TEST_PER_LEVEL)
@@ -111,9 +115,13 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(
-        ("train", "test"), generate(args.seed, args.train_per_level, args.test_per_level), strict=True
+        ("train", "test"),
+        generate(args.seed, args.train_per_level, args.test_per_level),
+        strict=True,
     ):
-        (args.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
+        (args.out / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="ascii"
+        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,23 @@ except ImportError:
     from examples.propositional.environment import Goal, show, unfold
 
 TRACED, UNTRACED, VAL, TEST = 1000, 300, 100, 250
-SHORT = {1: 20, 2: 26, 3: 14, 4: 10, 5: 8, 6: 7, 7: 5, 8: 4, 9: 2, 10: 1, 11: 1, 12: 0.5, 13: 0.5, 14: 0.5, 15: 0.5}
+SHORT = {
+    1: 20,
+    2: 26,
+    3: 14,
+    4: 10,
+    5: 8,
+    6: 7,
+    7: 5,
+    8: 4,
+    9: 2,
+    10: 1,
+    11: 1,
+    12: 0.5,
+    13: 0.5,
+    14: 0.5,
+    15: 0.5,
+}
 LONG = dict.fromkeys(range(3, 9), 1)
 NAMES = 12  # hypotheses are h1 to h12
 NODES = 400  # of the search for a shortest proof
@@ -82,10 +98,16 @@ def provable(hypotheses, goal):
 def truth_table(formula):
     """One bit for each of the 64 valuations of A to F."""
     if isinstance(formula, str):
-        return 0 if formula == "False" else sum(1 << row for row in range(64) if row >> "ABCDEF".index(formula) & 1)
+        return (
+            0
+            if formula == "False"
+            else sum(1 << row for row in range(64) if row >> "ABCDEF".index(formula) & 1)
+        )
     connective, left, right = formula[0], truth_table(formula[1]), truth_table(formula[2])
     every = (1 << 64) - 1
-    return {"∧": left & right, "∨": left | right, "↔": every ^ left ^ right}.get(connective, every ^ left | right)
+    return {"∧": left & right, "∨": left | right, "↔": every ^ left ^ right}.get(
+        connective, every ^ left | right
+    )
 
 
 # ---- The shortest proofs ---------------------------------------------------------------------------------------------
@@ -107,7 +129,9 @@ def tactics(goal):
             for _ in range(count):
                 conclusion = conclusion[2]
             missing = [premise for premise in needed[:count] if unfold(premise) not in known]
-            term = " ".join([name, *(known[unfold(premise)] for premise in needed[:count] if not missing)])
+            term = " ".join(
+                [name, *(known[unfold(premise)] for premise in needed[:count] if not missing)]
+            )
             if unfold(conclusion) == unfold(target):
                 if not missing:
                     return [f"exact {term}"]
@@ -152,7 +176,10 @@ class Prover:
             self.steps[key] = []
             for tactic in tactics(goal):
                 goals = goal.apply(tactic)
-                if all(provable(frozenset(map(plain, g.hypotheses.values())), plain(g.target)) for g in goals):
+                if all(
+                    provable(frozenset(map(plain, g.hypotheses.values())), plain(g.target))
+                    for g in goals
+                ):
                     self.steps[key].append((tactic, [(self.key(g), g) for g in goals]))
             self.rng.shuffle(self.steps[key])
         return self.steps[key]
@@ -198,13 +225,20 @@ def random_formula(rng, atoms, size):
     if connective == "¬":
         return ("¬", random_formula(rng, atoms, size - 1), "False")
     left = rng.randint(0, size - 1)
-    return (connective, random_formula(rng, atoms, left), random_formula(rng, atoms, size - 1 - left))
+    return (
+        connective,
+        random_formula(rng, atoms, left),
+        random_formula(rng, atoms, size - 1 - left),
+    )
 
 
 def random_sequent(rng, length=6):
     """For a proof of about this length."""
     atoms = "ABCD"[: rng.choice((3, 4))]
-    hypotheses = [random_formula(rng, atoms, rng.choice((0, 1, 1, 2))) for _ in range(rng.choice((0, 1, 2, 2, 3)))]
+    hypotheses = [
+        random_formula(rng, atoms, rng.choice((0, 1, 1, 2)))
+        for _ in range(rng.choice((0, 1, 2, 2, 3)))
+    ]
     return atoms, hypotheses, random_formula(rng, atoms, rng.randint(length // 3, length // 2 + 1))
 
 
@@ -236,12 +270,18 @@ def theorems(split, lengths, seed, taken):
                 proof = Prover(rng).proof(goal, max(waiting))
             except TooLong:
                 continue
-            if len(proof) in waiting and len(waiting[len(proof)]) < 20 and f"h{NAMES + 1}" not in " ".join(proof):
+            if (
+                len(proof) in waiting
+                and len(waiting[len(proof)]) < 20
+                and f"h{NAMES + 1}" not in " ".join(proof)
+            ):
                 taken.add(form)
                 waiting[len(proof)].append((goal, proof))
         goal, proof = waiting[length].pop(0)
         atoms = " ".join(name for name, formula in goal.hypotheses.items() if formula == "Prop")
-        binders = "".join(f" ({name} : {show(f)})" for name, f in goal.hypotheses.items() if f != "Prop")
+        binders = "".join(
+            f" ({name} : {show(f)})" for name, f in goal.hypotheses.items() if f != "Prop"
+        )
         name = f"{split}_{number:04}"
         statement = f"theorem {name} ({atoms} : Prop){binders} : {show(goal.target)}"
         yield name, statement, goal, proof
@@ -253,7 +293,12 @@ def trace(goal, proof):
         before, goals = goals, goals[0].apply(tactic) + goals[1:]
         states = ["\n\n".join(map(str, state)) or "no goals" for state in (before, goals)]
         steps.append(
-            {"tactic": tactic, "annotated_tactic": [tactic, []], "state_before": states[0], "state_after": states[1]}
+            {
+                "tactic": tactic,
+                "annotated_tactic": [tactic, []],
+                "state_before": states[0],
+                "state_after": states[1],
+            }
         )
     return steps
 
@@ -267,12 +312,19 @@ def shares(weights, total):
     return counts
 
 
-SPLITS = {"test": (LONG, TEST), "val": (LONG, VAL), "train": (SHORT, TRACED), "untraced": (LONG, UNTRACED)}
+SPLITS = {
+    "test": (LONG, TEST),
+    "val": (LONG, VAL),
+    "train": (SHORT, TRACED),
+    "untraced": (LONG, UNTRACED),
+}
 
 
 def rows_of(split, seed, taken):
     weights, count = SPLITS[split]
-    for number, (name, statement, goal, proof) in enumerate(theorems(split, shares(weights, count), seed, taken)):
+    for number, (name, statement, goal, proof) in enumerate(
+        theorems(split, shares(weights, count), seed, taken)
+    ):
         line = 20 * (number + 2000 * list(SPLITS).index(split)) + 1
         yield {
             "url": "examples/propositional",
@@ -294,7 +346,9 @@ def generate(seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()

@@ -58,7 +58,9 @@ def main():
         eos_token_id=vocabulary["</s>"],
         pad_token_id=vocabulary["<pad>"],
     ).save_pretrained(folder)
-    if folder != Path(__file__).parent:  # the settings of the embedded experiment are for it as well
+    if (
+        folder != Path(__file__).parent
+    ):  # the settings of the embedded experiment are for it as well
         (folder / "dco.json").write_text(json.dumps({"base": "examples/tiny_llama"}) + "\n")
 
 

@@ -15,7 +15,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-NAMES = [*"ABCDEF", *(f"h{i}" for i in range(1, 13)), "False", "Prop", "inl", "inr", "mp", "mpr", "a"]
+NAMES = [
+    *"ABCDEF",
+    *(f"h{i}" for i in range(1, 13)),
+    "False",
+    "Prop",
+    "inl",
+    "inr",
+    "mp",
+    "mpr",
+    "a",
+]
 BEFORE_SPACE = ["case", "intro", "exact", "apply", "obtain", "have", "cases", "⊢", ","]
 BETWEEN_SPACES = ["→", "∧", "∨", "↔", ":", ":=", "|"]
 WORDS = ["constructor", "left", "right", "exfalso", "assumption", "sorry"]
@@ -25,7 +35,14 @@ PATTERN = rf"(?:{'|'.join(BEFORE_SPACE[:-2])}|⊢|,) | (?::=|[→∧∨↔:|]) |
 
 def main():
     folder = Path(__file__).parent
-    tokens = [*SPECIAL, *NAMES, *(f"{t} " for t in BEFORE_SPACE), *(f" {t} " for t in BETWEEN_SPACES), *WORDS, *SYMBOLS]
+    tokens = [
+        *SPECIAL,
+        *NAMES,
+        *(f"{t} " for t in BEFORE_SPACE),
+        *(f" {t} " for t in BETWEEN_SPACES),
+        *WORDS,
+        *SYMBOLS,
+    ]
     vocabulary = {token: i for i, token in enumerate([*tokens, *BEFORE_SPACE, *BETWEEN_SPACES])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
