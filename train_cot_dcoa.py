@@ -280,7 +280,8 @@ def main(argv=None):
                 sampler.update_weights(model)
                 golds = [test_rows[example.id]["answer"] for example in test]
                 found = common.evaluate_by_sampling(sampler, grader, tokenizer, test, golds, args)
-                summary |= found or {}  # it is the main process's
+                if found:  # on the main process
+                    summary |= found | {"grader_timeouts": grader.timeouts}
             summary["seconds"] = time.perf_counter() - epoch_started
             run.end_epoch(summary)
             shown = "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if "pass@" in k)
