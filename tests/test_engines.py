@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
-from small_runs import TINY_LLAMA, read_lines
+from small_runs import TINY_LLAMA, read_lines, refused
 from test_sampling import said, z_of_chi_squared
 
 import common
@@ -163,23 +163,13 @@ def test_on_gpus_each_engine_is_told_the_handles_of_all_processes(
     assert info["ipc_handles"] == [{"GPU-a": shape, "GPU-b": shape} for shape in shapes.values()]
 
 
-@pytest.mark.parametrize("processes, gpus, engines", [(8, 2, 4), (4, 1, 4), (3, 2, None)])
-def test_gpus_are_shared_out_to_engines(processes, gpus, engines, tokenizer, monkeypatch, capsys):
-    started = []
-    monkeypatch.setattr(
-        common.VLLMEngines, "_start", lambda self, count, eos, settings: started.append(count)
+def test_gpus_that_do_not_divide_into_engines_are_refused(tokenizer, capsys):
+    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=3)
+    args = SimpleNamespace(out=ROOT, gpu_memory=0.3, gpus_per_engine=2)
+    message = refused(
+        capsys, common.VLLMEngines, args, accelerator, TINY_LLAMA, tokenizer, 256, "model"
     )
-    monkeypatch.setattr(common.VLLMEngines, "update_weights", lambda self, model: None)
-    monkeypatch.setattr(common, "on_main", lambda accelerator, compute, *inputs: compute(*inputs))
-    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=processes)
-    args = SimpleNamespace(out=ROOT, gpu_memory=0.3, gpus_per_engine=gpus)
-    if engines is None:
-        with pytest.raises(SystemExit):
-            common.VLLMEngines(args, accelerator, TINY_LLAMA, tokenizer, 256, "model")
-        assert "--gpus-per-engine 2 does not divide the 3 GPUs" in capsys.readouterr().err
-    else:
-        common.VLLMEngines(args, accelerator, TINY_LLAMA, tokenizer, 256, "model")
-        assert started == [engines]
+    assert "--gpus-per-engine 2 does not divide the 3 GPUs" in message
 
 
 def test_without_vllm_a_checkpoint_is_sampled_by_transformers(accelerator, tokenizer, monkeypatch):
