@@ -838,7 +838,8 @@ class Run:
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
         if kind is StopRequested:
-            raise SystemExit(128 + Run.stop_signal)
+            number, Run.stop_signal = Run.stop_signal, 0
+            raise SystemExit(128 + number)
 
 
 # ---- Coverage ------------------------------------------------------------------------------------
