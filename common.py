@@ -739,7 +739,9 @@ class Run:
         elif accelerator.is_main_process:
             for path in [out / "state", *out.glob("epoch-*"), *out.glob("step-*"), *self.logs]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            (out / "args.json").write_text(json.dumps(vars(self.args), default=str))
+            partial = out / "args.json.partial"
+            partial.write_text(json.dumps(vars(self.args), default=str))
+            partial.rename(out / "args.json")
         accelerator.wait_for_everyone()
         if self.args.report_to != "none":
             accelerator.init_trackers("dco", {k: str(v) for k, v in vars(self.args).items()})
@@ -814,7 +816,7 @@ class Run:
             yield partial
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                for path in partial.rglob("*.*"):
+                for path in filter(Path.is_file, partial.rglob("*")):
                     with open(path, "rb") as file:
                         os.fsync(file.fileno())
                 shutil.rmtree(folder, ignore_errors=True)
@@ -836,7 +838,8 @@ class Run:
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
         if kind is StopRequested:
-            raise SystemExit(128 + Run.stop_signal)
+            number, Run.stop_signal = Run.stop_signal, 0
+            raise SystemExit(128 + number)
 
 
 # ---- Coverage ------------------------------------------------------------------------------------

@@ -463,8 +463,7 @@ class TacticSampler:
     """Samples tactics from a checkpoint, for the states of several searches at once."""
 
     def __init__(self, args, checkpoint, times):
-        record = read_record(checkpoint)
-        self.tokenizer = common.load_tokenizer(checkpoint)
+        record, self.tokenizer = read_record(checkpoint), common.load_tokenizer(checkpoint)
         self.prompt = record["prompt"] or common.TEMPLATES["lean"].prompt
         self.seed = common.seed_of(args.seed, *Path(checkpoint).parts[-2:], times)
         self.max_new_tokens = record["max_new_tokens"]
@@ -473,6 +472,7 @@ class TacticSampler:
         length = self.room + self.max_new_tokens
         accelerator = common.make_accelerator()
         self.sampler = common.make_sampler(args, accelerator, checkpoint, self.tokenizer, length)
+        self.sampler.tokens = 1 << 20  # of transformers: passes in one place share rows
 
     def sample(self, requests):
         """requests: (text of a state, n, key for the seed). Returns for each (Counter of n tactics,

@@ -127,11 +127,14 @@ def main(argv=None):
     # -------- data, model, optimizer
     common.check_out(args)
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
-    how = (tokenizer, config, args.template, args.prompt)
     rows = common.load_problems(args.data, "train")
-    train, dropped = common.encode(rows, *how, prompts_only=True)
+    train, dropped = common.encode(
+        rows, tokenizer, config, args.template, args.prompt, prompts_only=True
+    )
     test_rows = common.load_problems(args.data, "test", required=False)[: args.eval_problems]
-    test, _ = common.encode(test_rows, *how, prompts_only=True)
+    test, _ = common.encode(
+        test_rows, tokenizer, config, args.template, args.prompt, prompts_only=True
+    )
     if not train:
         common.fail(f"--data {args.data}: no usable examples (dropped: {dropped})")
     longest = max(len(example.prompt_ids) for example in [*train, *test]) + args.max_new_tokens
@@ -285,8 +288,7 @@ def main(argv=None):
                 found = common.evaluate_by_sampling(sampler, grader, tokenizer, test, golds, args)
                 if found:  # on the main process
                     summary |= found | {"grader_timeouts": grader.timeouts}
-            summary["seconds"] = time.perf_counter() - epoch_started
-            run.end_epoch(summary)
+            run.end_epoch(summary | {"seconds": time.perf_counter() - epoch_started})
             shown = "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if "pass@" in k)
             progress.write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
             if run.step == args.max_steps:

@@ -26,15 +26,6 @@ def enter(lean):
         one.__exit__(None, None, None)
 
 
-def test_native_decide_and_a_sorry_inside_are_taken_for_tactics(enter):
-    one, state = enter("native")
-    assert type(one.run_tac(state, "native_decide")).__name__ == "ProofFinished"
-    one, state = enter("sorry_inside")
-    state = one.run_tac(state, "have h : 1 < 2 := by sorry")
-    assert type(state).__name__ == "TacticState"
-    assert type(one.run_tac(state, "exact h")).__name__ == "ProofGivenUp"
-
-
 def test_after_a_timeout_replies_are_out_of_step(enter):
     """The late reply is taken for the next tactic's."""
     one, state = enter("one_step")

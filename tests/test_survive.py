@@ -160,7 +160,7 @@ def test_a_run_killed_at_random_instants_ends_with_the_same_bytes(start, undistu
 KILLS = [  # the call before which a run is killed; each run resumes the one before
     ("torch.save", 2),  # a state half written
     ("os.fsync", 1),  # a state written, but not to the disk
-    ("pathlib.Path.rename", 1),
+    ("pathlib.Path.rename", 2),  # the first one is of args.json
     ("shutil.rmtree", 6),  # two states
     ("transformers.PreTrainedModel.save_pretrained", 1),
     ("transformers.PreTrainedTokenizerBase.save_pretrained", 1),  # half a checkpoint

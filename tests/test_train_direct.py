@@ -237,3 +237,5 @@ def test_a_run_that_diverges_ends_with_a_plain_message(n, small_data, tmp_path, 
     flags += ["--data", str(small_data), "--out", str(out)]
     assert "diverged" in refused(capsys, train_direct.main, flags)
     assert (out / "epoch-0.05/model.safetensors").exists(), "a checkpoint made before stays"
+    steps = read_lines(out / "metrics.jsonl")
+    assert all(math.isfinite(step["grad_norm"]) for step in steps)
