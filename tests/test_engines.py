@@ -122,16 +122,16 @@ def test_an_error_tells_what_was_waited_for_and_the_end_of_the_log(engines, prom
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("chunk_bytes", [1, 60_000, 1 << 30])
 def test_all_weights_are_sent_once_a_tied_head_included(tied, chunk_bytes, accelerator, tokenizer):
-    model = model_of(0, tokenizer, tied=tied)
-    chunks = list(common.weight_chunks(model, torch.bfloat16, chunk_bytes))
+    model, dtype = model_of(0, tokenizer, tied=tied), torch.float32 if tied else torch.bfloat16
+    chunks = list(common.weight_chunks(model, dtype, chunk_bytes))
     assert (len(chunks) > 2) == (chunk_bytes < 1 << 30)
     sent = dict(itertools.chain(*chunks))
     assert sum(len(chunk) for chunk in chunks) == len(sent)
-    expected = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
+    expected = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(sent)
     torch.testing.assert_close(sent, expected, rtol=0, atol=0)
-    pointers = {copy.data_ptr() for copy in sent.values()}
-    assert len(pointers) == len(sent), "each copy has a storage of its own"
+    pointers = {weight.data_ptr() for weight in [*sent.values(), *model.parameters()]}
+    assert len(pointers) == len(sent) + len(list(model.parameters())), "copies of their own"
 
 
 def test_on_gpus_each_engine_is_told_the_handles_of_all_processes(
