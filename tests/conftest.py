@@ -105,6 +105,9 @@ def ray_session(lean):
 
 
 # Engines
+os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # it ends engines where others fill the memory
+
+
 @pytest.fixture(scope="session")
 def engines(tokenizer, ray_session, tmp_path_factory):
     """The vLLM engine of the session, for the tiny model; give it weights before you use it."""
