@@ -105,7 +105,7 @@ def ray_session(lean):
 
 
 # Engines
-os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # it ends engines where others fill the memory
+os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112, memory that others fill
 
 
 @pytest.fixture(scope="session")
