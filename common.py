@@ -914,7 +914,8 @@ def evaluate_by_sampling(sampler, grader, tokenizer, examples, golds, args):
         right.append(sum(count for count, ok in zip(answers.values(), verdicts, strict=True) if ok))
         modes.append(most_frequent_answer(answers, grader)[1])
     coverage = {f"pass@{k}": float(pass_at_n(n, right, k).mean()) for k in (1, 16, 64) if k <= n}
-    return coverage | {"mode_confidence": float(np.mean(modes)) / n}
+    confidence = float(np.mean(modes)) / n
+    return coverage | {"mode_confidence": confidence, "grader_timeouts": grader.timeouts}
 
 
 # ---- Sampling: vLLM engines beside the trainer (App. B), or the model in training itself ---------
