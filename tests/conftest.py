@@ -119,18 +119,24 @@ def engines(tokenizer, ray_session, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def warm_start(tmp_path_factory):
-    """A checkpoint that has learnt the format of r1-short and some sums, and data of such sums."""
+def warm_start(tokenizer, tmp_path_factory):
+    """A checkpoint with a tied head that has learnt the format of r1-short and some sums, and data
+    of such sums."""
     import train_cot_dcoa
 
+    folder = tmp_path_factory.mktemp("warm")
+    config = common.load_config(TINY_LLAMA)
+    config.tie_word_embeddings = True
+    config.save_pretrained(folder / "tied")
+    tokenizer.save_pretrained(folder / "tied")
     rows = [
         {"problem": f"{a}+{b}=", "answer": str(a + b), "solution": f"{a}+{b}={a + b}"}
         for a in range(6)
         for b in range(6)
     ]
-    folder = tmp_path_factory.mktemp("warm")
-    write_rows(folder / "data", train=rows * 60)
-    flags = ["--n-prime", "1", "--template", "r1-short", "--data", folder / "data", "--epochs", "1"]
-    flags += ["--lr", "0.01", "--warmup-steps", "10", "--batch-size", "36", "--out", folder / "run"]
+    write_rows(folder / "often", train=rows * 60)
+    flags = ["--model", folder / "tied", "--data", folder / "often", "--template", "r1-short"]
+    flags += ["--n-prime", "1", "--epochs", "1", "--lr", "0.01", "--warmup-steps", "10"]
+    flags += ["--batch-size", "36", "--out", folder / "run"]
     train_cot_dcoa.main([str(flag) for flag in flags])
     return folder / "run/epoch-1", write_rows(folder / "few", train=rows, test=rows[:4])

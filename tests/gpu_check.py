@@ -144,10 +144,10 @@ def inspect(args, run, model, rows=(), template="direct", n=1, lr=LR, most=2.2):
     steps, numbers = read_lines(run / "metrics.jsonl"), {}
     assert len(steps) == 2, f"{len(steps)} steps, not 2"
     for step in steps:
-        for name in ("loss", "grad_norm", "seconds"):
+        for name in step.keys() & {"loss", "reward", "engine_to_trainer", "grad_norm", "seconds"}:
             numbers[f"{name} {step['step']}"] = step[name]
             assert math.isfinite(step[name]), f"{name} of step {step['step']}: {step[name]}"
-        assert step["grad_norm"] > 0, f"the gradient of step {step['step']} is 0"
+        assert step["grad_norm"] > 0 and abs(step.get("engine_to_trainer", 1) - 1) < 0.05, step
     before, after = load(model), load(run / "step-2").state_dict()
     moved = max((after[k] - v).abs().max().item() for k, v in before.state_dict().items())
     assert 0.5 * lr <= moved <= most * lr, f"weights moved by up to {moved:.2g} with lr {lr:g}"
