@@ -10,26 +10,30 @@ import logging
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
 from collections import ChainMap, Counter, namedtuple
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import chain, islice
 from math import ceil, inf, isfinite, sqrt
 from pathlib import Path
+from resource import RLIMIT_DATA, setrlimit
 
 import accelerate
 import datasets
-import math_verify
 import numpy as np
 import pebble
+import sympy
 import torch
 import transformers
+from math_verify import verify
+from math_verify.parser import NormalizationConfig, normalize_latex, parse_latex_cached
 from safetensors import SafetensorError
 from torch.multiprocessing.reductions import reduce_tensor
 
@@ -356,64 +360,96 @@ def make_rounds(ids, length, processes, tokens):
     return rounds
 
 
-# ---- Grading: math-verify in child processes that can be killed ----------------------------------
-INTEGER = re.compile(r"-?[0-9]{1,18}")
-# A sum or product of numbers (but not 3.2 x 10^5), a chain of equations, one without an unknown.
-UNEVALUATED = re.compile(
-    r"[0-9)}]\s*([-+*]|(\\cdot|\\times)(?!\s*10\s*\^))\s*[0-9(\\]|=.*=|^[^a-zA-Z]*="
-)
+# ---- Grading: normalise, decide at sight, ask math-verify -----------------------------------
+UNICODE = {"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "∞": "infinity", "²": "^2", "³": "^3"}
+REWRITES = [  # (pattern, replacement), in this order
+    (r"\\?%|°|\^\{?\\circ\}?|\u200b|(?<!\\)\\[,;:()\[\]]", " "),  # \(7.2\,\%\) -> 7.2
+    (r"\\(text|mbox) ?\{([^{}]*)\}|(?<=_)\{(\d+)\}(?=\W*$)", r" \2\3 "),  # \text{A5}_{11} -> A5_11
+    (r"√(\d+|\w|\(\w+\))", r"\\sqrt{\1}"),  # √12 -> \sqrt{12}
+    (r"(?<=\d)i(?![A-Za-z])", " i"),  # 3+4i -> 3+4 i, which math-verify takes for complex
+    (r"(?<!,\d)(?<!,\d\d)(?<=\d)[ ,](?=\d{3}([ ,]\d{3})*(\.\d+)?[}\s]*$)", ""),  # 1,000 -> 1000
+    (r"(?i)(?<=[\di)}])(\s+(?!pi\b|[ap]m)([a-z/]{2,}|[gmsl])\.?)+(\s*\^\d)?[.\s]*$", ""),  # 2 cm
+    (r"[.,\s\\]+$|(?<![A-Za-z0-9\\])\s+|\s+(?![A-Za-z0-9\s])", ""),  # ( 2 ,4 ). -> (2,4)
+    (r"(?<=\d) (\d+)/(\d+)$", r"\\frac{\1}{\2}"),  # 137 1/2 -> 137\frac{1}{2}
+    (r"^(-?)\\frac\{(-?\d+)\}\{(\d+)\}$", r"\1\2/\3"),  # \frac{1}{2} -> 1/2
+    (r"(?<=\d)(\*|\\times|\\cdot) ?10\^\{?(-?\d{1,3})\}?$", r"e\2"),  # 3.2 \times 10^{5} -> 3.2e5
+]
+NUMBER = re.compile(r"[-+]?(\d+/0*[1-9]\d*|\d*\.?\d+(e-?\d{1,3})?)")  # 3/4, -.25, 3.2e5
+BASED = re.compile(r"-?[\dA-Za-z.]+_\d+")  # 40_9
+WORD = re.compile(r"(?<![\\A-Za-z{])([A-Z]{2}|[A-Za-z]{3})(?![A-Za-z]*=)|[ap]\.m")  # LQSX, 8 p.m.
+# Operations, each with those before: 5!, \log_2 8; 29-28, 3 \times 4, 3(4); \sqrt{16}, 3 4, 1=2=5.
+FUNCTION = r"[!|]|vert|binom|log|\\ln|sum|int|lim|gcd|lcm|sin|cos|tan|cot|sec|csc|floor|ceil|mod"
+SUM = FUNCTION + r"|[\w)}](?<!matrix\})([-+]|\\pm)|(\*|times|cdot|div) ?([-\d(]|\\frac)|[\d)}]\("
+POWER = SUM + r"|\^|sqrt|\d \d|=[^,]*=|^[^A-Za-z]*="
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
 
-def quick_verdict(gold, prediction):
-    """True or False where no algebra is needed, else None. math-verify evaluates 28-29, so a copied
-    problem would count as its solution: where the answer is an integer, that is wrong."""
-    gold, prediction = (one.replace("\\$", "").strip("$. \n\t") for one in (gold, prediction))
+@lru_cache(maxsize=1 << 16)
+def normalise(answer):
+    """The answer without what carries no meaning: spaces, dollar signs, units, ways of writing."""
+    answer = answer.translate(str.maketrans(UNICODE)).strip("*$ \n").rstrip("*$ \n.")
+    answer = normalize_latex(answer, NormalizationConfig(malformed_operators=True))
+    for pattern, replacement in REWRITES:
+        answer = re.sub(pattern, replacement, answer)
+    return answer
+
+
+def verdict_at_sight(gold, prediction):
+    """True or False where no algebra is needed, else None. math-verify carries out operations, so
+    that a copied problem would count as solved: one that the gold answer does not have is wrong."""
+    if prediction is None or len(prediction) > 1000:
+        return False
+    gold, prediction = normalise(gold), normalise(prediction)
     if gold == prediction:
         return True
-    if INTEGER.fullmatch(gold) and INTEGER.fullmatch(prediction):
-        return int(gold) == int(prediction)
-    return False if INTEGER.fullmatch(gold) and UNEVALUATED.search(prediction) else None
+    if BASED.fullmatch(gold) or BASED.fullmatch(prediction) or WORD.search(gold):
+        return prediction.lower() in (gold.lower(), gold.lower().split("_")[0])
+    if NUMBER.fullmatch(gold) and NUMBER.fullmatch(prediction):
+        to_divide = "/" in prediction and "/" not in gold and Fraction(gold).denominator == 1
+        return Fraction(gold) == Fraction(prediction) and not to_divide  # 6/2 is not yet 3
+    for operation in (FUNCTION, SUM, POWER):
+        if re.search(operation, prediction) and not re.search(operation, gold):
+            return False
 
 
-def is_right(gold, prediction):
-    """Runs in a child. Only LaTeX is parsed: math-verify's other parser evaluates Python. Its own
-    time limits use signals and can hang; they are off, and the process is killed instead."""
-    config = [math_verify.LatexExtractionConfig()]
-    gold = math_verify.parse(f"${gold}$", config, parsing_timeout=None)
-    prediction = math_verify.parse(f"${prediction}$", config, parsing_timeout=None)
-    return bool(math_verify.verify(gold, prediction, timeout_seconds=None))
-
-
-def limit_memory(megabytes):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.disable(logging.CRITICAL)  # math-verify logs every text it cannot read
-    resource.setrlimit(resource.RLIMIT_DATA, (megabytes << 20, megabytes << 20))
+def is_right(gold, prediction, cpu_seconds=0):
+    """math-verify's verdict. Only LaTeX is parsed: its other parser evaluates Python. In a grading
+    process the memory is bounded, and SIGPROF ends the process after cpu_seconds, in C code too."""
+    if cpu_seconds:
+        setrlimit(RLIMIT_DATA, (4 << 30, 4 << 30))
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    right = False
+    with suppress(Exception):  # of a text that is not LaTeX
+        gold, prediction = (parse_latex_cached(normalise(one)) for one in (gold, prediction))
+        right = verify(gold, prediction, allow_set_relation_comp=True, timeout_seconds=None)
+        if right and isinstance(gold, sympy.Expr) and isinstance(prediction, sympy.Expr):
+            right = gold.equals(prediction) is not False  # 2^{-98} is 0 to math-verify
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    return right
 
 
 class Grader:
-    """Grades (gold, prediction) pairs for p̂, rewards and evaluation, with a cache. Predictions are
-    untrusted: one that takes too long, too much memory or kills its process is wrong."""
+    r"""Grades (gold, prediction) pairs; None is wrong. `timeouts` counts pairs given up as costly.
+    Known gaps: units and duplicates are not compared, and not read are 0.\overline{3}, degrees in
+    \sin 30^\circ, inequalities joined by "or", an unknown before a word or a base (x = 40_9)."""
 
-    def __init__(self, workers=2, seconds=3.0, megabytes=2048, max_characters=2000):
-        self.seconds, self.max_characters, self.verdicts = seconds, max_characters, {}
+    def __init__(self, workers=2):
+        self.verdicts, self.timeouts = {}, 0
         context = multiprocessing.get_context("forkserver")  # no threads, no GPU
-        context.set_forkserver_preload(["math_verify"])
-        self.pool = pebble.ProcessPool(workers, 0, limit_memory, [megabytes], context)
-        if not self.pool.schedule(is_right, ["\\frac{1}{2}", "0.5"], timeout=120).result():
-            raise RuntimeError("math-verify is broken: it does not accept 0.5 for 1/2")
+        context.set_forkserver_preload([__name__])
+        self.pool = pebble.ProcessPool(workers, 0, is_right, [r"\sqrt{8}", r"2\sqrt{2}"], context)
+        if self.grade([(r"\sqrt{8}", r"2\sqrt{2}")]) != [True]:
+            raise RuntimeError("math-verify is broken: it does not accept 2√2 for √8")
 
     def grade(self, pairs):
-        """A bool for each (gold, prediction); None as a prediction is wrong."""
-        futures = {}
-        for gold, prediction in dict.fromkeys(pair for pair in pairs if pair not in self.verdicts):
-            unread = prediction is None or len(prediction) > self.max_characters
-            verdict = False if unread else quick_verdict(gold, prediction)
-            if verdict is None:
-                job = self.pool.schedule(is_right, [gold, prediction], timeout=self.seconds)
-                futures[gold, prediction] = job
-            self.verdicts[gold, prediction] = verdict
-        for pair, job in futures.items():
-            self.verdicts[pair] = job.exception() is None and job.result()
+        ask = partial(self.pool.schedule, is_right, kwargs={"cpu_seconds": 3}, timeout=60)
+        new = {pair: verdict_at_sight(*pair) for pair in pairs if pair not in self.verdicts}
+        jobs = {pair: ask(pair) for pair, verdict in new.items() if verdict is None}
+        for pair in [pair for pair, job in jobs.items() if job.exception()]:
+            jobs[pair] = ask(pair)  # once more, alone
+            self.timeouts += jobs[pair].exception() is not None
+        new.update({pair: not job.exception() and job.result() for pair, job in jobs.items()})
+        self.verdicts.update(new)
         return [self.verdicts[pair] for pair in pairs]
 
     def close(self):
@@ -703,7 +739,9 @@ class Run:
         elif accelerator.is_main_process:
             for path in [out / "state", *out.glob("epoch-*"), *out.glob("step-*"), *self.logs]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            (out / "args.json").write_text(json.dumps(vars(self.args), default=str))
+            partial = out / "args.json.partial"
+            partial.write_text(json.dumps(vars(self.args), default=str))
+            partial.rename(out / "args.json")
         accelerator.wait_for_everyone()
         if self.args.report_to != "none":
             accelerator.init_trackers("dco", {k: str(v) for k, v in vars(self.args).items()})
@@ -778,7 +816,7 @@ class Run:
             yield partial
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                for path in partial.rglob("*.*"):
+                for path in filter(Path.is_file, partial.rglob("*")):
                     with open(path, "rb") as file:
                         os.fsync(file.fileno())
                 shutil.rmtree(folder, ignore_errors=True)
@@ -800,7 +838,8 @@ class Run:
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
         if kind is StopRequested:
-            raise SystemExit(128 + Run.stop_signal)
+            number, Run.stop_signal = Run.stop_signal, 0
+            raise SystemExit(128 + number)
 
 
 # ---- Coverage ------------------------------------------------------------------------------------
@@ -875,7 +914,8 @@ def evaluate_by_sampling(sampler, grader, tokenizer, examples, golds, args):
         right.append(sum(count for count, ok in zip(answers.values(), verdicts, strict=True) if ok))
         modes.append(most_frequent_answer(answers, grader)[1])
     coverage = {f"pass@{k}": float(pass_at_n(n, right, k).mean()) for k in (1, 16, 64) if k <= n}
-    return coverage | {"mode_confidence": float(np.mean(modes)) / n}
+    confidence = float(np.mean(modes)) / n
+    return coverage | {"mode_confidence": confidence, "grader_timeouts": grader.timeouts}
 
 
 # ---- Sampling: vLLM engines beside the trainer (App. B), or the model in training itself ---------

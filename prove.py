@@ -1,8 +1,8 @@
 """Prove theorems by N independent passes each, with one model or several (§5.3, C.5, Tables 2, 6).
 
-    python prove.py --model runs/lean-neff8/epoch-28     # laptop: the embedded theorems
-    python prove.py --model runs/lean-neff*/epoch-3 --ensemble --baseline runs/lean-neff1/epoch-3
-    RAY_ADDRESS=HOST:6379 python prove.py --model ...    # Lean on all nodes of a Ray cluster
+    python prove.py --model runs/lean-neff8/epoch-28
+    python prove.py --ensemble --baseline runs/lean-neff1/epoch-28  # all N_eff, last epochs
+    RAY_ADDRESS=HOST:6379 python prove.py --ensemble --preset paper  # Lean on a Ray cluster
 
 A pass samples a tactic given the proof state, applies it, and goes on until a tactic fails, no goal
 is left or --max-steps are done. pass@N is the probability that one of N independent passes proves a
@@ -65,8 +65,8 @@ UNTRUSTED = re.compile(
 )
 BROKEN = ("timeout", "crash")  # outcomes that say nothing about the tactic yet
 KINDS = {"TacticState": "open", "ProofFinished": "proved"}  # all else is an error
-MAY_CHANGE = ("model", "ensemble", "baseline", "workers", "engine", "gpu_memory", "gpus_per_engine",
-              "preset", "out")  # fmt: skip
+MAY_CHANGE = {"model", "ensemble", "baseline", "workers", "engine", "gpu_memory", "gpus_per_engine",
+              "preset", "out"}  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="default: paper with a GPU, laptop without")
     # models and theorems
-    add("--model", nargs="+", required=True, help="checkpoints of train_lean_step.py")
+    add("--model", nargs="+", help="checkpoints (default: the last epoch of each runs/lean-neff*)")
     add("--ensemble", action="store_true", help="of the models, too")
     add("--baseline", metavar="CKPT", help="M x the passes for M models (paper: 20k for 5 x 4k)")
     add("--theorems", type=Path, help="as in LeanDojo's benchmark (paper: random test, MiniF2F)")
@@ -102,6 +102,10 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         if name != "seed" and type(value) in (int, float) and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive")
+    if not args.model:
+        found = sorted(Path("runs").glob("lean-neff*/epoch-*[0-9]"), key=lambda p: int(p.name[6:]))
+        last = {path.parent: str(path) for path in found}
+        args.model = list(last.values()) or parser.error("there is no runs/lean-neff*/epoch-*")
     args.preset = args.preset or ("paper" if torch.cuda.is_available() else "laptop")
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
@@ -140,8 +144,7 @@ def load_theorems(args):
     except (OSError, ValueError, TypeError, KeyError) as error:
         common.fail(f"{args.theorems}: not a list of theorems as in LeanDojo's data: {error!r}")
     theorems = [theorem | {"id": i} for i, theorem in enumerate(theorems)]
-    if args.only_untraced:
-        theorems = [theorem for theorem in theorems if not theorem.get("traced_tactics")]
+    theorems = [one for one in theorems if not (args.only_untraced and one.get("traced_tactics"))]
     return [theorem | {"traced_tactics": []} for theorem in theorems]  # workers need none
 
 
@@ -230,10 +233,9 @@ class Search:
     def run(self):
         """Return the theorem's line of results."""
         self.lean.events.clear()
-        ((kind, text, _),) = self.lean.do("enter", self.theorem, [()])
+        ((kind, self.root.text, _),) = self.lean.do("enter", self.theorem, [()])
         if kind != "open":
-            return self.result(f"not started: {text}")
-        self.root.text = text
+            return self.result(f"not started: {self.root.text}")
         for first in range(0, self.passes, self.args.block):
             # A block that was begun is not dropped: that would leave out what takes long, such as
             # long proofs. Only far beyond the limit is it given up.
@@ -334,7 +336,7 @@ def is_refused(tactic, unproved=()):
     """Whether a tactic is not even tried: it would prove nothing, cite a theorem whose proof is
     sorry (one of `unproved`), or not fit into a line of a terminal (4,095 bytes), as LeanDojo's."""
     request = json.dumps({"sid": 10**6, "cmd": tactic}, ensure_ascii=False)
-    words = [*re.findall(r"[\w.']+", tactic), *re.findall(r"\?", tactic)]  # exact? may find one
+    words = re.findall(r"[\w.']+|\?", tactic)  # exact? may find one
     cited = unproved and not {*unproved, "?"}.isdisjoint(words)
     return bool(UNTRUSTED.search(tactic) or cited or len(request.encode(errors="replace")) > 4000)
 
@@ -345,8 +347,7 @@ class LeanWorker:
     what it has lost, it replays. An environment that raised any exception is thrown away."""
 
     def __init__(self, dojo, tactic_timeout, start_timeout, workers_here):
-        # Lean runs in a terminal of this process. However the process ends, the terminal hangs up
-        # and Lean gets SIGHUP: enough, unless it was started under nohup, which ignores that.
+        # Lean's terminal hangs up however this process ends; under nohup that would be ignored.
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         gigabytes = max(1, psutil.virtual_memory().total // workers_here >> 30)
         os.environ["TACTIC_MEMORY_LIMIT"] = f"{gigabytes}g"
@@ -462,8 +463,7 @@ class TacticSampler:
     """Samples tactics from a checkpoint, for the states of several searches at once."""
 
     def __init__(self, args, checkpoint, times):
-        record = read_record(checkpoint)
-        self.tokenizer = common.load_tokenizer(checkpoint)
+        record, self.tokenizer = read_record(checkpoint), common.load_tokenizer(checkpoint)
         self.prompt = record["prompt"] or common.TEMPLATES["lean"].prompt
         self.seed = common.seed_of(args.seed, *Path(checkpoint).parts[-2:], times)
         self.max_new_tokens = record["max_new_tokens"]
@@ -472,6 +472,7 @@ class TacticSampler:
         length = self.room + self.max_new_tokens
         accelerator = common.make_accelerator()
         self.sampler = common.make_sampler(args, accelerator, checkpoint, self.tokenizer, length)
+        self.sampler.tokens = 1 << 20  # of transformers: passes in one place share rows
 
     def sample(self, requests):
         """requests: (text of a state, n, key for the seed). Returns for each (Counter of n tactics,

@@ -127,11 +127,14 @@ def main(argv=None):
     # -------- data, model, optimizer
     common.check_out(args)
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
-    how = (tokenizer, config, args.template, args.prompt)
     rows = common.load_problems(args.data, "train")
-    train, dropped = common.encode(rows, *how, prompts_only=True)
+    train, dropped = common.encode(
+        rows, tokenizer, config, args.template, args.prompt, prompts_only=True
+    )
     test_rows = common.load_problems(args.data, "test", required=False)[: args.eval_problems]
-    test, _ = common.encode(test_rows, *how, prompts_only=True)
+    test, _ = common.encode(
+        test_rows, tokenizer, config, args.template, args.prompt, prompts_only=True
+    )
     if not train:
         common.fail(f"--data {args.data}: no usable examples (dropped: {dropped})")
     longest = max(len(example.prompt_ids) for example in [*train, *test]) + args.max_new_tokens
@@ -266,7 +269,7 @@ def main(argv=None):
                     "tokens_per_second": sum(lengths) / all_seconds,
                     "ids": [train[i].id for i in step.ids],
                 }
-                progress.set_postfix(reward=metrics["reward"], used=len(step.ids) / len(step.seen))
+                progress.set_postfix(reward=metrics["reward"], refresh=False)
                 progress.update((epoch - 1) * len(train) + refill.position - progress.n)
                 run.end_step(metrics)
 
@@ -284,8 +287,7 @@ def main(argv=None):
                 golds = [test_rows[example.id]["answer"] for example in test]
                 found = common.evaluate_by_sampling(sampler, grader, tokenizer, test, golds, args)
                 summary |= found or {}  # it is the main process's
-            summary["seconds"] = time.perf_counter() - epoch_started
-            run.end_epoch(summary)
+            run.end_epoch(summary | {"seconds": time.perf_counter() - epoch_started})
             shown = "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if "pass@" in k)
             progress.write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
             if run.step == args.max_steps:

@@ -294,8 +294,7 @@ def main(argv=None):
                 summary |= common.evaluate_exactly(
                     accelerator, model, tokenizer, test, *sizes, ns=(1, 4, 16, 64)
                 )
-            summary["seconds"] = time.perf_counter() - epoch_started
-            run.end_epoch(summary)
+            run.end_epoch(summary | {"seconds": time.perf_counter() - epoch_started})
             shown = "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if "pass@" in k)
             progress.write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
             if run.step == args.max_steps:

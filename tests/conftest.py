@@ -77,11 +77,10 @@ def cross_entropy_run(tmp_path_factory):
 # Lean
 @pytest.fixture(scope="session")
 def lean(tmp_path_factory):
-    """{name: theorem} of the stand-in for Lean, which lean_dojo finds from here on."""
-    from lean_stand_in import make_repository, running
+    """{name: theorem} of the stand-in for Lean, which stand_in_dojo.py finds from here on."""
+    from lean_stand_in import make_folder, running
 
-    assert "lean_dojo" not in sys.modules, "it reads where its cache is when it is imported"
-    variables, theorems = make_repository(tmp_path_factory.mktemp("lean"))
+    variables, theorems = make_folder(tmp_path_factory.mktemp("lean"))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
@@ -106,6 +105,9 @@ def ray_session(lean):
 
 
 # Engines
+os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112, memory that others fill
+
+
 @pytest.fixture(scope="session")
 def engines(tokenizer, ray_session, tmp_path_factory):
     """The vLLM engine of the session, for the tiny model; give it weights before you use it."""
@@ -120,18 +122,24 @@ def engines(tokenizer, ray_session, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def warm_start(tmp_path_factory):
-    """A checkpoint that has learnt the format of r1-short and some sums, and data of such sums."""
+def warm_start(tokenizer, tmp_path_factory):
+    """A checkpoint with a tied head that has learnt the format of r1-short and some sums, and data
+    of such sums."""
     import train_cot_dcoa
 
+    folder = tmp_path_factory.mktemp("warm")
+    config = common.load_config(TINY_LLAMA)
+    config.tie_word_embeddings = True
+    config.save_pretrained(folder / "tied")
+    tokenizer.save_pretrained(folder / "tied")
     rows = [
         {"problem": f"{a}+{b}=", "answer": str(a + b), "solution": f"{a}+{b}={a + b}"}
         for a in range(6)
         for b in range(6)
     ]
-    folder = tmp_path_factory.mktemp("warm")
-    write_rows(folder / "data", train=rows * 60)
-    flags = ["--n-prime", "1", "--template", "r1-short", "--data", folder / "data", "--epochs", "1"]
-    flags += ["--lr", "0.01", "--warmup-steps", "10", "--batch-size", "36", "--out", folder / "run"]
+    write_rows(folder / "often", train=rows * 60)
+    flags = ["--model", folder / "tied", "--data", folder / "often", "--template", "r1-short"]
+    flags += ["--n-prime", "1", "--epochs", "1", "--lr", "0.01", "--warmup-steps", "10"]
+    flags += ["--batch-size", "36", "--out", folder / "run"]
     train_cot_dcoa.main([str(flag) for flag in flags])
     return folder / "run/epoch-1", write_rows(folder / "few", train=rows, test=rows[:4])

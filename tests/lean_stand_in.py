@@ -1,21 +1,15 @@
-"""A scripted stand-in for Lean, and the repository in which the real lean_dojo finds it.
-
-Run as `python lean_stand_in.py lean ... FILE`, it speaks the protocol of lean_dojo's
-Lean4Repl.lean for the theorem of THEOREMS whose proof FILE leaves to `lean_dojo_repl`.
-"""
+"""A scripted stand-in for Lean. Run as `python lean_stand_in.py lean ... FILE`, it speaks the
+protocol of lean_dojo's Lean4Repl.lean for the theorem of THEOREMS that FILE names."""
 
 import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 DONE = "no goals"
-PIDS = "LEAN_STAND_IN_PIDS"  # a file: every process started here appends "PID THEOREM"
+FOLDER = "LEAN_STAND_IN"  # holds pids, a file to which every process appends "PID THEOREM"
 TRIES = "LEAN_STAND_IN_TRIES"  # a folder: a file in it for everything that fails only once
 
 
@@ -124,9 +118,8 @@ def settle(outcome, state, sid):
 
 
 def lean(file):
-    before = Path(file).read_text().split("lean_dojo_repl")[0]
-    name = before.split("theorem ")[-1].split()[0]
-    with open(os.environ[PIDS], "a") as pids:
+    name = Path(file).read_text()
+    with open(f"{os.environ[FOLDER]}/pids", "a") as pids:
         pids.write(f"{os.getpid()} {name}\n")
     first = next(iter(THEOREMS[name]))
     states = [settle(STARTS.get(name, first), first, 0)]
@@ -139,93 +132,40 @@ def lean(file):
         states += [] if state is None else [state]
 
 
-# ---- The repository -------------------------------------------------------------------------
+# ---- Its folder and processes ---------------------------------------------------------------
 LAKE = """#!/bin/sh
-# `lake env lean ...` runs Lean as its child: who kills lake alone leaves Lean behind
 shift
 {python} -E -S -X utf8 {stand_in} "$@"
 exit $?
 """
 
 
-def make_repository(folder):
-    """Write all that lean_dojo needs to open the theorems: lake, a git repository, and its traced
-    copy. Returns (variables of the environment, {name: record of the theorem})."""
-    folder = Path(folder).resolve()  # lean_dojo resolves links in one of two paths it compares
-    repository, cache, lake = folder / "standin", folder / "cache", folder / "bin" / "lake"
-    for new in (repository, lake.parent, folder / "tries"):
-        new.mkdir(parents=True)
+def make_folder(folder):
+    """Write what lean_dojo looks for. Returns (variables of the environment, {name: theorem})."""
+    lake = folder / "bin/lake"
+    for new in (lake.parent, folder / "tries"):
+        new.mkdir()
     lake.write_text(LAKE.format(python=sys.executable, stand_in=__file__))
     lake.chmod(0o755)
-    (folder / "pids").touch()
-    text, commands = "", [node("Lean.Parser.Module.header")]
-    for name in THEOREMS:
-        text, command = add_theorem(text, name)
-        commands.append(command)
-    (repository / "lean-toolchain").write_text("leanprover/lean4:v4.20.0\n")
-    (repository / "Standin.lean").write_text(text)
-    git = ["git", "-C", repository, "-c", "user.name=A", "-c", "user.email=a@b.c"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "Theorems", "--no-gpg-sign"]):
-        subprocess.run([*git, *command], check=True)
-    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-
-    # lean_dojo copies a repository at its first use; two processes that do so at once collide.
-    traced = cache / f"gitpython-standin-{commit}" / "standin"
-    for copy in (cache / "repos" / f"gitpython-standin-{commit}" / "standin", traced):
-        shutil.copytree(repository, copy)
-    lean_dojo = Path(find_spec("lean_dojo").origin).parent
-    shutil.copy(lean_dojo / "interaction" / "Lean4Repl.lean", traced)
-    trace = traced / ".lake" / "build" / "ir"
-    trace.mkdir(parents=True)
-    (trace / "Standin.dep_paths").touch()
-    syntax = {"commandASTs": commands, "tactics": [], "premises": []}
-    (trace / "Standin.ast.json").write_text(json.dumps(syntax))
-    place = {"url": str(repository), "commit": commit, "file_path": "Standin.lean"}
+    for name in ("pids", "Lean4Repl.lean"):
+        (folder / name).touch()
     variables = {
         "PATH": f"{lake.parent}{os.pathsep}{os.environ['PATH']}",
-        "CACHE_DIR": str(cache),
-        "DISABLE_REMOTE_CACHE": "1",
         "GITHUB_ACCESS_TOKEN": "",  # with one, importing lean_dojo asks GitHub for its user
-        PIDS: str(folder / "pids"),
+        FOLDER: str(folder),
         TRIES: str(folder / "tries"),
     }
+    place = {"url": "stand-in", "commit": "0", "file_path": "Standin.lean"}
     return variables, {name: place | {"full_name": name} for name in THEOREMS}
-
-
-def node(kind, *children):
-    return {"node": {"kind": kind, "info": "none", "args": list(children)}}
-
-
-def add_theorem(text, name):
-    """`theorem NAME : True := by trivial` and its syntax as lean_dojo's ExtractData.lean writes."""
-    leaf = {}
-    for token in ("theorem", name, ":", "True", ":=", "by", "trivial"):
-        trailing = "\n\n" if token == "trivial" else " "
-        place = {"leading": "", "pos": len(text), "trailing": trailing}
-        info = {"info": {"original": place | {"endPos": len(text) + len(token)}}, "val": token}
-        identifier = {"rawVal": token, "preresolved": []}
-        leaf[token] = {"ident": info | identifier} if token == name else {"atom": info}
-        text += token + trailing
-    parser, tactic = "Lean.Parser.Command", "Lean.Parser.Tactic"
-    steps = node("null", node(f"{tactic}.standIn", leaf["trivial"]))
-    steps = node(f"{tactic}.tacticSeq", node(f"{tactic}.tacticSeq1Indented", steps))
-    proof = node("Lean.Parser.Term.byTactic", leaf["by"], steps)
-    statement = node("Lean.Parser.Term.typeSpec", leaf[":"], leaf["True"])
-    theorem = node(
-        f"{parser}.theorem",
-        leaf["theorem"],
-        node(f"{parser}.declId", leaf[name]),
-        node(f"{parser}.declSig", statement),
-        node(f"{parser}.declValSimple", leaf[":="], proof),
-    )
-    return text, node(f"{parser}.declaration", node(f"{parser}.declModifiers"), theorem)
 
 
 def running(variables, theorem=None, wait=0.0):
     """Process ids of the stand-ins that still run after up to `wait` seconds, of one or all."""
     end = time.monotonic() + wait
     while True:
-        started = [line.split() for line in Path(variables[PIDS]).read_text().splitlines()]
+        started = [
+            line.split() for line in Path(variables[FOLDER], "pids").read_text().splitlines()
+        ]
         found = [int(pid) for pid, name in started if theorem in (None, name) and is_alive(pid)]
         if not found or time.monotonic() >= end:
             return found

@@ -1,7 +1,5 @@
-"""prove.py with a model that is a table: a checkpoint names the chance of each tactic per state.
-
-python tests/scripted_prove.py [prove.py's arguments]
-"""
+"""python tests/scripted_prove.py [prove.py's arguments]: prove.py with a model that is a table, for
+which a checkpoint names the chance of each tactic in each state."""
 
 import json
 import os

@@ -160,12 +160,12 @@ def test_a_run_killed_at_random_instants_ends_with_the_same_bytes(start, undistu
 KILLS = [  # the call before which a run is killed; each run resumes the one before
     ("torch.save", 2),  # a state half written
     ("os.fsync", 1),  # a state written, but not to the disk
-    ("pathlib.Path.rename", 1),
+    ("pathlib.Path.rename", 2),  # the first one is of args.json
     ("shutil.rmtree", 6),  # two states
     ("transformers.PreTrainedModel.save_pretrained", 1),
     ("transformers.PreTrainedTokenizerBase.save_pretrained", 1),  # half a checkpoint
     ("common.evaluate_exactly", 1),
-    ("common.Run.log", 5),
+    ("torch.save", 5),
 ]
 
 
@@ -175,7 +175,7 @@ def test_what_is_killed_while_it_writes_leaves_whole_files(start, undisturbed, t
         start(out, strike=(target, count, send, signal.SIGKILL))[1](-signal.SIGKILL)
         assert_whole(out, undisturbed)
         last.append(max(states(out), default=0))
-    assert last == sorted(last) and len(set(last)) > 2
+    assert last == sorted(last) and last[-1] > 4
     assert_ends_with_the_same_bytes(start, out, undisturbed)
 
 

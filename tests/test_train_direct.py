@@ -26,9 +26,9 @@ def test_same_run_for_each_token_budget_and_way_of_refilling(
     def forced(**settings):
         return refill(**settings | {"straight_above": way})
 
-    def watched(model, examples):
+    def watched(model, examples, *more, **settings):
         most.append(sum(map(len, examples)))
-        return log_probs(model, examples)
+        return log_probs(model, examples, *more, **settings)
 
     monkeypatch.setattr(common, "Refill", forced)
     monkeypatch.setattr(common, "log_probs", watched)
@@ -237,3 +237,5 @@ def test_a_run_that_diverges_ends_with_a_plain_message(n, small_data, tmp_path, 
     flags += ["--data", str(small_data), "--out", str(out)]
     assert "diverged" in refused(capsys, train_direct.main, flags)
     assert (out / "epoch-0.05/model.safetensors").exists(), "a checkpoint made before stays"
+    steps = read_lines(out / "metrics.jsonl")
+    assert all(math.isfinite(step["grad_norm"]) for step in steps)

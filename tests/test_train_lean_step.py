@@ -67,15 +67,6 @@ def test_a_step_is_an_example_as_any_other(tmp_path, monkeypatch):
     assert largest_difference(tmp_path / "lean/step-40", tmp_path / "direct/step-40") == 0
 
 
-def test_cross_entropy_never_scores(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "score", None)
-    data = write_theorems(tmp_path / "train.json", proofs(40))
-    steps = train(tmp_path / "run", "--data", data, "--n-eff", 1, "--epochs", 1)
-    assert sum(step["accepted"] for step in steps) == 100
-    assert all(step["accepted"] == step["candidates"] for step in steps)
-    assert steps[0]["loss"] == pytest.approx(steps[0]["mean_ce"]) and steps[0]["mean_factor"] == 1
-
-
 # ---- Whole proofs --------------------------------------------------------------------------------
 PROOF = ["--level", "proof", "--n-prime", 2e5, "--batch-size", 12, "--lr", 0.003, "--clip", 0.5]
 PROOF += ["--warmup-steps", 4, "--betas", 0.9, 0.95, "--max-steps", 8, "--epochs", 3]

@@ -1,8 +1,5 @@
-"""An environment for prove.py's --dojo that needs no Lean and gets into trouble as Python can.
-
-A state is a number of steps to go, as its text says; `step` takes one. A theorem starts with the
-number in its name.
-"""
+"""An environment for prove.py's --dojo that gets into trouble as Python can. A state is a number of
+steps to go, as its text says; `step` takes one. A theorem starts with the number in its name."""
 
 import os
 import time
@@ -19,8 +16,6 @@ class Dojo:
         self.name, self.noted = theorem["full_name"], False
 
     def __enter__(self):
-        if self.name == "unwilling":
-            raise OSError("this theorem is not for me")
         return self, self.state(int(self.name.split("_")[1]))
 
     def __exit__(self, *_):
@@ -31,21 +26,16 @@ class Dojo:
 
     def run_tac(self, state, tactic):
         word, _, file = tactic.partition(" ")  # file: exists once it has happened
-        if file and not Path(file).exists():
-            Path(file).touch()
-            os._exit(1)
-        if word == "die":
+        if word == "die" or (file and not Path(file).exists()):
+            Path(file or os.devnull).touch()
             os._exit(1)
         if word == "hang":
             time.sleep(1000)
-        if word == "note":
-            self.noted = True
-        if word == "if_noted" and self.noted:
-            return ProofFinished()
         if word == "raise":
             raise RuntimeError("no such luck")
         if word == "half_a_pair":
             return TacticState("\ud83d", 1)
+        self.noted |= word == "note"
         if word in ("step", "die_once"):
             return self.state(state.left - 1)
-        return LeanError(f"no such tactic: {tactic}")
+        return ProofFinished() if word == "if_noted" and self.noted else LeanError(tactic)
