@@ -109,7 +109,7 @@ KINDS = {
         ("x > 3", ["3 < x", r"(3, \infty)"], ["x < 3"]),
         ("y = 2x + 3", ["y - 2x = 3", "2x+3"], ["y = 3x + 2"]),
         ("x^2+1", ["f(x) = x^2 + 1"], ["f(x) = x^2 - 1"]),
-        (r"\begin{pmatrix} .5 \\ -1 \end{pmatrix}", [r"\begin{pmatrix}\frac12\\-1\end{pmatrix}"], []),
+        (r"\begin{pmatrix} .5 \\ 1 \end{pmatrix}", [r"\begin{pmatrix}\frac12\\1\end{pmatrix}"], []),
         ("0", ["0.0"], ["", None]),
     ],
 }  # fmt: skip
