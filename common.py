@@ -368,8 +368,8 @@ REWRITES = [  # (pattern, replacement), in this order
     (r"√(\d+|\w|\(\w+\))", r"\\sqrt{\1}"),  # √12 -> \sqrt{12}
     (r"(?<=\d)i(?![A-Za-z])", " i"),  # 3+4i -> 3+4 i, which math-verify takes for complex
     (r"(?<!,\d)(?<!,\d\d)(?<=\d)[ ,](?=\d{3}([ ,]\d{3})*(\.\d+)?[}\s]*$)", ""),  # 1,000 -> 1000
-    (r"(?i)(?<=[\di)}])(\s+(?!pi\b|[ap]m)([a-z/]{2,}|[gmsl])\.?)+(\s*\^\d)?[.\s]*$", ""),  # 2 cm
-    (r"[.,\s\\]+$|(?<![A-Za-z0-9\\])\s+|\s+(?![A-Za-z0-9\s])", ""),  # ( 2 ,4 ). -> (2,4)
+    (r"[.,\s\\]+$|(?<![A-Za-z0-9π)}\\])\s+|\s+(?![A-Za-z0-9\s])", ""),  # ( 2 ,4 ). -> (2,4)
+    (r"(?i)(?<=[\diπ)}])( (?!pi\b|[ap]m)([a-z/]{2,}|[gmsl])\.?)+(\^\{?\d\}?)?$", ""),  # 2 cm^2
     (r"(?<=\d) (\d+)/(\d+)$", r"\\frac{\1}{\2}"),  # 137 1/2 -> 137\frac{1}{2}
     (r"^(-?)\\frac\{(-?\d+)\}\{(\d+)\}$", r"\1\2/\3"),  # \frac{1}{2} -> 1/2
     (r"(?<=\d)(\*|\\times|\\cdot) ?10\^\{?(-?\d{1,3})\}?$", r"e\2"),  # 3.2 \times 10^{5} -> 3.2e5
@@ -404,9 +404,10 @@ def verdict_at_sight(gold, prediction):
         return True
     if BASED.fullmatch(gold) or BASED.fullmatch(prediction) or WORD.search(gold):
         return prediction.lower() in (gold.lower(), gold.lower().split("_")[0])
+    if re.fullmatch(r"-?\d+", gold) and re.search(r"/|frac", prediction):
+        return False  # 6/2 is not yet 3
     if NUMBER.fullmatch(gold) and NUMBER.fullmatch(prediction):
-        to_divide = "/" in prediction and "/" not in gold and Fraction(gold).denominator == 1
-        return Fraction(gold) == Fraction(prediction) and not to_divide  # 6/2 is not yet 3
+        return Fraction(gold) == Fraction(prediction)
     for operation in (FUNCTION, SUM, POWER):
         if re.search(operation, prediction) and not re.search(operation, gold):
             return False
@@ -438,8 +439,7 @@ class Grader:
         context = multiprocessing.get_context("forkserver")  # no threads, no GPU
         context.set_forkserver_preload([__name__])
         self.pool = pebble.ProcessPool(workers, 0, is_right, [r"\sqrt{8}", r"2\sqrt{2}"], context)
-        if self.grade([(r"\sqrt{8}", r"2\sqrt{2}")]) != [True]:
-            raise RuntimeError("math-verify is broken: it does not accept 2√2 for √8")
+        assert self.grade([(r"\sqrt{8}", r"2\sqrt{2}")]) == [True], "math-verify is broken"
 
     def grade(self, pairs):
         ask = partial(self.pool.schedule, is_right, kwargs={"cpu_seconds": 3}, timeout=60)
@@ -914,7 +914,8 @@ def evaluate_by_sampling(sampler, grader, tokenizer, examples, golds, args):
         right.append(sum(count for count, ok in zip(answers.values(), verdicts, strict=True) if ok))
         modes.append(most_frequent_answer(answers, grader)[1])
     coverage = {f"pass@{k}": float(pass_at_n(n, right, k).mean()) for k in (1, 16, 64) if k <= n}
-    return coverage | {"mode_confidence": float(np.mean(modes)) / n}
+    confidence = float(np.mean(modes)) / n
+    return coverage | {"mode_confidence": confidence, "grader_timeouts": grader.timeouts}
 
 
 # ---- Sampling: vLLM engines beside the trainer (App. B), or the model in training itself ---------

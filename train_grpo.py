@@ -286,7 +286,7 @@ def main(argv=None):
             if test:
                 golds = [test_rows[example.id]["answer"] for example in test]
                 found = common.evaluate_by_sampling(sampler, grader, tokenizer, test, golds, args)
-                summary |= found | {"grader_timeouts": grader.timeouts} if found else {}
+                summary |= found or {}  # it is the main process's
             run.end_epoch(summary | {"seconds": time.perf_counter() - epoch_started})
             shown = "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if "pass@" in k)
             progress.write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")

@@ -64,7 +64,7 @@ def test_a_broken_model_fails_what_needs_it_and_nothing_else(monkeypatch, tmp_pa
     (broken / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     flags = ["--model", str(broken), "--only", "direct", "loss"]
     outcomes = check(monkeypatch, tmp_path / "out", *flags)
-    assert outcomes["direct"]["status"] == "failed" and "loaded" in outcomes["direct"]["reason"]
+    assert outcomes["direct"]["status"] == "failed" and "header" in outcomes["direct"]["reason"]
     assert outcomes["loss"]["status"] == "ok"
 
 

@@ -158,7 +158,7 @@ def test_only_the_right_answer_in_exactly_the_format_is_rewarded(with_rollouts, 
     texts = {
         " 1+5=6 </think> <answer> 6 </answer>": (1, 1),  # reward, format
         " 6 </think> so <answer>6</answer> ": (1, 1),
-        " </think> <answer> \\frac{12}{2} </answer>": (1, 1),
+        " </think> <answer> 6.0 </answer>": (1, 1),  # by the grader, not as a string
         " </think> <answer> 7 </answer>": (0, 1),
         " 6 <answer> 6 </answer>": (0, 0),
         " </think> <answer> 6 </answer> <answer> 6 </answer>": (0, 0),

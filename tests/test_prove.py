@@ -367,6 +367,21 @@ def test_a_worker_that_dies_or_hangs_is_replaced(ray_session, tmp_path):
     assert (kind, states) == ("proved", ["3 to go", "2 to go", "1 to go"])
 
 
+def test_a_killed_worker_leaves_no_lean_behind(ray_session, lean):
+    """Lean is busy and does not listen to SIGTERM; all was started under nohup."""
+    actor = ray_session.remote(prove.LeanWorker).options(num_cpus=0)
+    worker = actor.remote("stand_in_dojo:Dojo", 6000.0, 6000.0, 1)
+    pid = ray_session.get(worker.__ray_call__.remote(lambda self: os.getpid()))
+    ray_session.get(worker.do.remote("enter", lean["hanging"], [()]))
+    worker.do.remote("apply", lean["hanging"], [((), "simp")])
+    time.sleep(1)
+    (left,) = running(os.environ, "hanging")
+    os.kill(left, signal.SIGTERM)
+    assert running(os.environ, "hanging", wait=0.3) == [left]
+    os.kill(pid, signal.SIGKILL)
+    assert running(os.environ, "hanging", wait=60) == []
+
+
 def test_an_ensemble_on_the_embedded_theorems(ray_session, tmp_path, capsys):
     """With models that were trained a little. Proofs are proofs of the states that they name."""
     theorems = json.loads((ROOT / "examples/propositional/train.json").read_text())
@@ -474,10 +489,10 @@ def test_kill_9_loses_and_doubles_no_theorem(
     variables = os.environ | {"RAY_ADDRESS": address, "SCRIPTED_PAUSE": "0.1"}
     command = [sys.executable, "tests/scripted_prove.py", *scripted, "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, env=variables, stderr=subprocess.PIPE)
-    while not running(os.environ, "unprovable"):  # the third theorem of six
+    while not (found := running(os.environ, "unprovable")):  # the third theorem of six
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    (pid,) = running(os.environ)
+    pid = found[0]
     if victim == "the worker":  # the parent of lake, Lean's parent
         for _ in range(2):
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
@@ -491,7 +506,6 @@ def test_kill_9_loses_and_doubles_no_theorem(
     else:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-        assert result_lines(tmp_path)[2]["crashes"] >= 1
     free = ("seconds", "blocks", "crashes")  # what hangs on a clock or on the kill
     found, expected = (
         [{k: v for k, v in line.items() if k not in free} for line in result_lines(out)]

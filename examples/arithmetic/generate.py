@@ -1,18 +1,19 @@
 """Make the embedded arithmetic set: train.jsonl and test.jsonl, five levels of difficulty.
 
-    python examples/arithmetic/generate.py                     # rewrites the committed files, byte for byte
-    python examples/arithmetic/generate.py --seed 1 --out DIR  # another draw of the same distribution
+    python examples/arithmetic/generate.py                  # the committed files
+    python examples/arithmetic/generate.py --seed 1 --out DIR   # another draw
 
-Each line is {"problem", "answer", "solution", "level"}: plain decimal numbers, no spaces in a problem, and a worked
-solution that ends in \\boxed{answer}. All problems are different, so none of the test split is in the training split.
+Each line is {"problem", "answer", "solution", "level"}: plain decimal numbers, no spaces in a
+problem, and a worked solution that ends in \\boxed{answer}. All problems are different, so none of
+the test split is in the training split.
 
-| level | problems (ranges inclusive and uniform)                                                          |
+| level | problems (ranges inclusive and uniform) |
 |---|-------------------------------------------------------------------------------------------------------|
-| 1 | {a}x+{b}={ax+b}: find x;   a 2..9, x 0..9, b 1..9                                                     |
-| 2 | {a}+{b}= or {a}-{b}=;      a, b 0..29                                                                 |
-| 3 | {a}*{b}=;   a 2..9, b 11..99    or the remainder {a}%{m}=;     a 100..999, m 3..19                    |
-| 4 | {a}^{n}%{m}=;   a 2..30, n 5..40, m 30..99    or the digit sum s{a}^{n}=;   a 2..30, n 5..20          |
-| 5 | {a}*{b}=;   a, b 11..99    or {a}x^3-{b}x^2:{x}= (value at x);   a, b 1..9, x -9..9                   |
+| 1 | {a}x+{b}={ax+b}: find x;   a 2..9, x 0..9, b 1..9 |
+| 2 | {a}+{b}= or {a}-{b}=;      a, b 0..29 |
+| 3 | {a}*{b}=;   a 2..9, b 11..99    or the remainder {a}%{m}=;     a 100..999, m 3..19 |
+| 4 | {a}^{n}%{m}=;   a 2..30, n 5..40, m 30..99    or the digit sum s{a}^{n}=;   a 2..30, n 5..20 |
+| 5 | {a}*{b}=;   a, b 11..99    or {a}x^3-{b}x^2:{x}= (value at x);   a, b 1..9, x -9..9 |
 """
 
 import argparse
@@ -33,7 +34,8 @@ def sum_or_difference(rng):
     a, b, sign = rng.randint(0, 29), rng.randint(0, 29), rng.choice((1, -1))
     operator = "+" if sign > 0 else "-"
     tens, units = a // 10 * 10 + sign * (b // 10 * 10), a % 10 + sign * (b % 10)
-    steps = f"{a // 10 * 10}{operator}{b // 10 * 10}={tens}, {a % 10}{operator}{b % 10}={units}, {tens}{units:+d}"
+    steps = f"{a // 10 * 10}{operator}{b // 10 * 10}={tens}, {a % 10}{operator}{b % 10}={units}"
+    steps += f", {tens}{units:+d}"
     return f"{a}{operator}{b}=", a + sign * b, steps
 
 

@@ -1,12 +1,14 @@
-"""Make the embedded theorems: train.json, val.json and test.json, in the format of LeanDojo Benchmark 4.
+"""Make the embedded theorems: train.json, val.json and test.json, in the format of LeanDojo
+Benchmark 4.
 
-    python examples/propositional/generate.py                     # rewrites the committed files, byte for byte
-    python examples/propositional/generate.py --seed 1 --out DIR  # another draw of the same distribution
+    python examples/propositional/generate.py                  # the committed files
+    python examples/propositional/generate.py --seed 1 --out DIR   # another draw
 
-A theorem is a random sequent that intuitionistic logic proves: 3 or 4 atoms, up to 3 hypotheses, a goal. Its proof is
-one of the shortest, drawn at random, in the tactics of environment.py. The lengths of the proofs are given: in training
-as in LeanDojo Benchmark (mean about 4, median 2 or 3); for validation, test and the part of the training set that has
-no proof (for expert iteration), longer ones. No two theorems of all files are the same up to the names of the atoms.
+A theorem is a random sequent that intuitionistic logic proves: 3 or 4 atoms, up to 3 hypotheses, a
+goal. Its proof is one of the shortest, drawn at random, in the tactics of environment.py. The
+lengths of the proofs are given: in training as in LeanDojo Benchmark (mean about 4, median 2 or 3);
+for validation, test and the part of the training set that has no proof (for expert iteration),
+longer ones. No two theorems of all files are the same up to the names of the atoms.
 """
 
 import argparse
@@ -44,7 +46,7 @@ NAMES = 12  # hypotheses are h1 to h12
 NODES = 400  # of the search for a shortest proof
 
 
-# ---- Is it provable? -------------------------------------------------------------------------------------------------
+# ---- Is it provable? -----------------------------------------------------------------------------
 @cache
 def plain(formula):
     """In → ∧ ∨ alone."""
@@ -58,7 +60,7 @@ def plain(formula):
 
 @cache
 def provable(hypotheses, goal):
-    """Dyckhoff's contraction-free sequent calculus LJT (G4ip): decides intuitionistic logic, always ends.
+    """Dyckhoff's contraction-free calculus LJT (G4ip): decides intuitionistic logic, always ends.
     hypotheses: a frozenset of plain formulas."""
     if goal in hypotheses or "False" in hypotheses:
         return True
@@ -110,7 +112,7 @@ def truth_table(formula):
     )
 
 
-# ---- The shortest proofs ---------------------------------------------------------------------------------------------
+# ---- The shortest proofs -------------------------------------------------------------------------
 def premises(formula):
     """A → B → C -> [A, B]"""
     return [formula[1], *premises(formula[2])] if formula[0] in ("→", "¬") else []
@@ -162,7 +164,7 @@ class TooLong(Exception):
 
 
 class Prover:
-    """Shortest proofs of the goals of one theorem, by iterative deepening; dead ends are known from `provable`."""
+    """Shortest proofs of the goals of one theorem, by iterative deepening."""
 
     def __init__(self, rng):
         self.rng, self.least, self.steps, self.nodes = rng, {}, {}, 0
@@ -217,7 +219,7 @@ class Prover:
         raise AssertionError("no proof of the length found")
 
 
-# ---- Theorems --------------------------------------------------------------------------------------------------------
+# ---- Theorems ------------------------------------------------------------------------------------
 def random_formula(rng, atoms, size):
     if size == 0:
         return rng.choice(atoms)
@@ -249,7 +251,7 @@ def canonical(hypotheses, goal):
 
 
 def theorems(split, lengths, seed, taken):
-    """Yields a theorem for each length wanted, in an order drawn at random. taken: canonical forms, which grows."""
+    """Yield a theorem for each length wanted, in random order. taken grows."""
     rng = random.Random(f"{seed} {split}")
     wanted, number = [length for length, count in lengths.items() for _ in range(count)], 0
     rng.shuffle(wanted)

@@ -1,14 +1,15 @@
-"""Make the embedded model's folder: a Llama of about 100,000 parameters with one token a character, without weights.
+"""Make the embedded model's folder: a Llama of about 100,000 parameters with one token a character,
+without weights.
 
     python examples/tiny_llama/generate.py
-    python examples/tiny_llama/generate.py --width 128 --layers 4 --out runs/larger    # in place of a larger model
+    python examples/tiny_llama/generate.py --width 128 --layers 4 --out runs/larger   # a larger one
 
-The training scripts initialise it from scratch. initializer_range is 1/sqrt(hidden): with the usual 0.02 a model of
-this size does not overfit within the embedded experiment. head_dim is 32 because vLLM's CPU attention takes no less.
+The training scripts initialise it from scratch. initializer_range is 1/sqrt(hidden): with the usual
+0.02 a model of this size does not overfit within the embedded experiment. head_dim is 32 because
+vLLM's CPU attention takes no less.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -58,10 +59,6 @@ def main():
         eos_token_id=vocabulary["</s>"],
         pad_token_id=vocabulary["<pad>"],
     ).save_pretrained(folder)
-    if (
-        folder != Path(__file__).parent
-    ):  # the settings of the embedded experiment are for it as well
-        (folder / "dco.json").write_text(json.dumps({"base": "examples/tiny_llama"}) + "\n")
 
 
 if __name__ == "__main__":

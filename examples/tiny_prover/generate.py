@@ -1,12 +1,13 @@
-"""Make the embedded prover's folder: a Llama of about 90,000 parameters for the states and tactics of
-examples/propositional, without weights.
+"""Make the embedded prover's folder: a Llama of about 90,000 parameters for the states and tactics
+of examples/propositional, without weights.
 
     python examples/tiny_prover/generate.py
 
-A token is a name or a symbol, together with the spaces that always stand around it, so that decoding is joining and a
-name is the same token wherever it stands. The training script initialises the model from scratch. initializer_range is
-1/sqrt(hidden): with the usual 0.02 a model of this size does not overfit within the embedded experiment. head_dim is 32
-because vLLM's CPU attention takes no less.
+A token is a name or a symbol, together with the spaces that always stand around it, so that
+decoding is joining and a name is the same token wherever it stands. The training script initialises
+the model from scratch. initializer_range is 1/sqrt(hidden): with the usual 0.02 a model of this
+size does not overfit within the embedded experiment. head_dim is 32 because vLLM's CPU attention
+takes no less.
 """
 
 from pathlib import Path
@@ -30,7 +31,8 @@ BEFORE_SPACE = ["case", "intro", "exact", "apply", "obtain", "have", "cases", "�
 BETWEEN_SPACES = ["→", "∧", "∨", "↔", ":", ":=", "|"]
 WORDS = ["constructor", "left", "right", "exfalso", "assumption", "sorry"]
 SYMBOLS = ["¬", "(", ")", "⟨", "⟩", ".", "---", " ", "\n"]
-PATTERN = rf"(?:{'|'.join(BEFORE_SPACE[:-2])}|⊢|,) | (?::=|[→∧∨↔:|]) |:=|---|[A-Za-z][A-Za-z0-9_']*|[\s\S]"
+PATTERN = rf"(?:{'|'.join(BEFORE_SPACE[:-2])}|⊢|,) | (?::=|[→∧∨↔:|]) "
+PATTERN += r"|:=|---|[A-Za-z][A-Za-z0-9_']*|[\s\S]"
 
 
 def main():
