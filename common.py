@@ -790,8 +790,10 @@ class Run:
         if not folder.exists():
             with self.whole(folder) as partial:
                 self.accelerator.save_state(partial)
-            for old in set(folder.parent.glob("step-*")) - {folder}:
-                shutil.rmtree(old, ignore_errors=True)
+            if self.accelerator.is_main_process:
+                for old in set(folder.parent.glob("step-*")) - {folder}:
+                    unnamed = old.rename(old.with_suffix(".partial"))  # no longer a whole state
+                    shutil.rmtree(unnamed, ignore_errors=True)
 
     def save_checkpoint(self, name, **more):
         """Write a Hugging Face folder plus dco.json: the record, step, epoch and `more`."""

@@ -24,6 +24,7 @@ import train_direct
 def serve(connection):
     """Fork the processes of a run for each list of requests. They begin to train at once, since
     this process has imported everything. Sends their ids, then their exit codes."""
+    os.setpgrp()  # the test ends all of this group
     os.environ["DS_ACCELERATOR"] = "cpu"
     from deepspeed.runtime.zero import stage3  # noqa: F401
 
@@ -94,7 +95,7 @@ def start(small_data, tmp_path_factory):
         return connection.recv(), wait
 
     yield start
-    server.kill()
+    os.killpg(server.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
@@ -183,13 +184,28 @@ def test_files_reach_the_disk_before_they_get_their_final_name(small_data, tmp_p
     on_disk, renamed, rename = set(), {}, Path.rename
 
     def watched(old, new):
-        renamed[new.name] = {str(old / name) for name in contents(old)} - on_disk
+        if new.suffix != ".partial":  # which is no final name
+            renamed[new.name] = {str(old / name) for name in contents(old)} - on_disk
         return rename(old, new)
 
     monkeypatch.setattr(os, "fsync", lambda file: on_disk.add(os.readlink(f"/proc/self/fd/{file}")))
     monkeypatch.setattr(Path, "rename", watched)
     train("--epochs", 1, "--save-every", 2, "--data", small_data, "--out", tmp_path / "run")
     assert {"step-2", "step-4", "epoch-1"} <= renamed.keys() and not any(renamed.values())
+
+
+def test_an_old_state_loses_its_name_before_it_is_removed(small_data, tmp_path, monkeypatch):
+    removed, rmtree = [], shutil.rmtree
+
+    def watched(path, *args, **settings):
+        if path.is_dir() and path.parent.name == "state":
+            removed.append(path.name)
+        rmtree(path, *args, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    train("--epochs", 1, "--save-every", 2, "--data", small_data, "--out", tmp_path / "run")
+    assert {"step-2.partial", "step-4.partial"} <= set(removed)
+    assert all(name.endswith(".partial") for name in removed)
 
 
 # ---- Stopped
