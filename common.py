@@ -1,4 +1,4 @@
-"""What the scripts share, in nine sections that can be copied one by one.
+"""Shared by all scripts, in nine sections that can be copied one by one.
 
 Notation as in the paper: x a problem, y its answer, p = p̂(y|x) the model's probability of the whole
 answer, end-of-sequence token included; N samples at test time, N' in the training loss.
@@ -1114,7 +1114,7 @@ class VLLMEngines(Sampler):
         call_workers("finish_weight_update")
 
     def _export(self, chunk):
-        """What vLLM's "ipc" backend takes: of each weight a {GPU: handle of the copy on it}."""
+        """Return the arguments of vLLM's "ipc" backend: {GPU: handle of the copy} by weight."""
         gpu = str(torch.cuda.get_device_properties(self.accelerator.device).uuid)
         handles = [{gpu: reduce_tensor(weight)[1]} for _, weight in chunk]
         torch.cuda.synchronize()
