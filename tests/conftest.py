@@ -17,6 +17,14 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of this size are slower with more
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)  # the tests start and end their own engines
+os.environ |= {  # a busy machine may take ten times as long to start Ray, and fill its memory
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_gcs_server_port_wait_time_s": "300",
+    "RAY_gcs_server_request_timeout_seconds": "600",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_health_check_timeout_ms": "100000",
+}
 
 from small_runs import TINY_LLAMA, reference, small_data, train, write_rows  # noqa: E402, F401
 
@@ -32,7 +40,7 @@ def run_script(*arguments, processes=1, code=0, cwd=ROOT, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}"
     return done
@@ -105,9 +113,6 @@ def ray_session(lean):
 
 
 # Engines
-os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112, memory that others fill
-
-
 @pytest.fixture(scope="session")
 def engines(tokenizer, ray_session, tmp_path_factory):
     """The vLLM engine of the session, for the tiny model; give it weights before you use it."""

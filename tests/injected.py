@@ -1,7 +1,6 @@
 """Samples that a test makes up, for training scripts that run in the test's process."""
 
 import torch
-from small_runs import write_rows
 
 import common
 
@@ -14,10 +13,6 @@ def sums(count):
         rows.append({"problem": f"{a}+{b}=", "answer": str(a + b)})
         rows[-1]["solution"] = f"{a}+{b}=\\boxed{{{a + b}}}"
     return rows
-
-
-def write(folder, train, test=()):
-    return write_rows(folder, train=train, test=test)
 
 
 def spell(tokenizer, text, end=True):

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 DONE = "no goals"
-FOLDER = "LEAN_STAND_IN"  # holds pids, a file to which every process appends "PID THEOREM"
-TRIES = "LEAN_STAND_IN_TRIES"  # a folder: a file in it for everything that fails only once
+# A folder with pids, a file to which every process appends "PID THEOREM", and a file for everything
+# that fails only once.
+FOLDER = "LEAN_STAND_IN"
 
 
 # ---- Lean -----------------------------------------------------------------------------------
@@ -36,13 +37,6 @@ def die(state):
     os._exit(1)
 
 
-def exceed_memory(state):
-    """What Lean 4.35 does over its memory limit."""
-    say("excessive memory consumption detected at 'interpreter' (potential solution: increase")
-    say(" memory consumption threshold)\n")
-    os._exit(1)
-
-
 def fail(message):
     def outcome(state):
         raise ValueError(message)
@@ -51,11 +45,11 @@ def fail(message):
 
 
 def once(mishap, then, name):
-    """The mishap once per TRIES folder, whichever process tries; from then on the other outcome."""
+    """The mishap once, whichever process tries; from then on the other outcome."""
 
     def outcome(state):
         try:
-            (Path(os.environ[TRIES]) / name).touch(exist_ok=False)
+            (Path(os.environ[FOLDER]) / name).touch(exist_ok=False)
             return mishap
         except FileExistsError:
             return then
@@ -65,11 +59,8 @@ def once(mishap, then, name):
 
 EVERYWHERE = {  # tactics of every state
     "skip": lambda state: state,
-    "sleep": lambda state: (time.sleep(0.8), state)[1],
     "hang": hang,
     "die": die,
-    "exceed_memory": exceed_memory,
-    "garbage": lambda state: say("REPL> Segmentation fault\n"),
 }
 SORRY = fail("proof contains `sorry`")  # said at the end of a proof, not at the tactic
 SWAP, PARTS = "p q : Prop\nh : p ∧ q\n⊢ q ∧ p", "p q : Prop\nhp : p\nhq : q\n⊢ q ∧ p"
@@ -85,21 +76,14 @@ THEOREMS = {  # state: {tactic: outcome}; the first state is the theorem's own
         RIGHT: {"exact h.1": DONE},
     },
     "unprovable": {"⊢ False": {"exfalso": "⊢ False"}},
-    "native": {"⊢ 7919 = 7919": {"native_decide": DONE}},
-    "sorry_inside": {
-        "⊢ 1 < 2": {"have h : 1 < 2 := by sorry": "h : 1 < 2\n⊢ 1 < 2"},
-        "h : 1 < 2\n⊢ 1 < 2": {"exact h": SORRY},
-    },
     "hanging": {ONE: {"simp": hang, "rfl": DONE}},
     "dying": {ONE: {"simp": die, "rfl": DONE}},
     "flaky_death": {ONE: {"rfl": once(die, DONE, "flaky_death")}},
     "flaky_hang": {ONE: {"rfl": once(hang, DONE, "flaky_hang")}},
-    "start_eof": {ONE: {}},
     "start_solved": {ONE: {}},
     "start_flaky": {ONE: {}},
 }
 STARTS = {  # what comes before the first state
-    "start_eof": lambda state: os._exit(0),
     "start_solved": DONE,
     "start_flaky": once(die, ONE, "start_flaky"),
 }
@@ -143,8 +127,7 @@ exit $?
 def make_folder(folder):
     """Write what lean_dojo looks for. Returns (variables of the environment, {name: theorem})."""
     lake = folder / "bin/lake"
-    for new in (lake.parent, folder / "tries"):
-        new.mkdir()
+    lake.parent.mkdir()
     lake.write_text(LAKE.format(python=sys.executable, stand_in=__file__))
     lake.chmod(0o755)
     for name in ("pids", "Lean4Repl.lean"):
@@ -153,7 +136,6 @@ def make_folder(folder):
         "PATH": f"{lake.parent}{os.pathsep}{os.environ['PATH']}",
         "GITHUB_ACCESS_TOKEN": "",  # with one, importing lean_dojo asks GitHub for its user
         FOLDER: str(folder),
-        TRIES: str(folder / "tries"),
     }
     place = {"url": "stand-in", "commit": "0", "file_path": "Standin.lean"}
     return variables, {name: place | {"full_name": name} for name in THEOREMS}
@@ -163,9 +145,8 @@ def running(variables, theorem=None, wait=0.0):
     """Process ids of the stand-ins that still run after up to `wait` seconds, of one or all."""
     end = time.monotonic() + wait
     while True:
-        started = [
-            line.split() for line in Path(variables[FOLDER], "pids").read_text().splitlines()
-        ]
+        lines = Path(variables[FOLDER], "pids").read_text().splitlines()
+        started = [line.split() for line in lines]
         found = [int(pid) for pid, name in started if theorem in (None, name) and is_alive(pid)]
         if not found or time.monotonic() >= end:
             return found

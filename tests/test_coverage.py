@@ -7,7 +7,6 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 import common
 import eval_passn
@@ -61,48 +60,3 @@ def test_sampling_error_is_the_spread_over_new_samples(n, k, points):
     assert np.std(means) == pytest.approx(points, rel=0.1)
     errors = [eval_passn.sampling_error(n, generator.binomial(n, p), k) for _ in range(5)]
     assert errors == pytest.approx([np.std(means)] * 5, rel=0.1)
-
-
-@pytest.mark.parametrize("share", [0, 1])
-def test_sampling_error_where_no_or_every_sample_is_right(share):
-    assert 0 <= eval_passn.sampling_error(16, [16 * share] * 50, 16) < 3
-
-
-@pytest.fixture(scope="module")
-def flat_model(cross_entropy_run, tokenizer):
-    """A trained model with its logits halved: it knows a little, and has a heavy tail."""
-    model = common.load_model(str(cross_entropy_run[0] / "epoch-2"), tokenizer)
-    model.lm_head.weight.data *= 0.5
-    return model.eval()
-
-
-@pytest.mark.parametrize("sampled, scored", [(1.0, 1.0), (0.6, 0.6), (2.0, 2.0), (2.0, 1.0)])
-def test_samples_agree_with_exact_probabilities(flat_model, tokenizer, sampled, scored):
-    """By Σ(c_i - n p_i) / sqrt(Σ n p_i (1-p_i)); scored at another temperature they disagree."""
-    n, rows = 1024, common.load_problems(str(ROOT / "examples/arithmetic"), "test")
-    rows = [row for row in rows if len(row["answer"]) == 1][:40]
-    examples, _ = common.encode(rows, tokenizer, flat_model.config, "direct")
-    accelerator = common.make_accelerator()
-    p = common.score(accelerator, flat_model, examples, 512, temperature=scored).double().exp()
-    sampler = common.TransformersSampler(accelerator, flat_model, tokenizer)
-    prompts, seeds = [example.prompt_ids for example in examples], range(len(examples))
-    found = sampler.generate(prompts, n, 3, seeds, temperature=sampled)
-    counts = [
-        sum(completion.token_ids == example.completion_ids for completion in completions)
-        for example, completions in zip(examples, found, strict=True)
-    ]
-    z = (torch.tensor(counts) - n * p).sum() / (n * p * (1 - p)).sum().sqrt()
-    assert abs(z) < 4 if sampled == scored else abs(z) > 4
-
-
-def test_the_most_frequent_answer_is_found_among_equal_ones(grader):
-    answers = {"7": 4, None: 9, "0.5": 3, r"\frac{1}{2}": 2, "8": 1}
-    assert common.most_frequent_answer(answers, grader) == ("0.5", 5)
-    assert common.most_frequent_answer({None: 3}, grader) == (None, 0)
-
-
-def test_leading_zeros_of_aime_answers_are_not_the_models_to_write(tmp_path):
-    lines = [f'{{"problem": "p", "answer": "{answer}"}}\n' for answer in ("025", "0", "000", "0.5")]
-    (tmp_path / "aime.jsonl").write_text("".join(lines))
-    rows = common.load_problems(tmp_path / "aime.jsonl", "test")
-    assert [row["answer"] for row in rows] == ["25", "0", "0", "0.5"]

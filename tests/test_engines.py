@@ -1,7 +1,6 @@
 """VLLMEngines: a real vLLM engine with a trainer's weights, and what happens when it is killed."""
 
 import itertools
-import os
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
-from small_runs import TINY_LLAMA, read_lines, refused
+from small_runs import TINY_LLAMA, read_lines
 from test_sampling import said, z_of_chi_squared
 
 import common
@@ -26,12 +25,8 @@ def accelerator():
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
-    rows, config = (
-        common.load_problems("examples/arithmetic", "train"),
-        common.load_config(TINY_LLAMA),
-    )
-    examples, _ = common.encode(rows[:6], tokenizer, config, "cot")
-    return [example.prompt_ids for example in examples]
+    rows = common.load_problems("examples/arithmetic", "train")[:6]
+    return [tokenizer(row["problem"] + "\n").input_ids for row in rows]
 
 
 def model_of(seed, tokenizer, noise=0.0, tied=False):
@@ -90,10 +85,8 @@ def test_samples_have_the_frequencies_of_p(engines, tokenizer, prompts):
 def test_seeds_decide_what_is_drawn_and_nothing_is_drawn_twice(engines, tokenizer, prompts):
     """Twelve tokens of an untrained model: two samples agree once in 10^15 or so."""
     engines.update_weights(model_of(0, tokenizer))
-    together = engines.generate(
-        [prompts[0], prompts[1], prompts[0]], [600, 3, 600], 12, [5, 6, 5000]
-    )
-    one, few, other = said(together)
+    three = [prompts[0], prompts[1], prompts[0]]
+    one, few, other = said(engines.generate(three, [600, 3, 600], 12, [5, 6, 5000]))
     assert [len(one), len(few), len(other)] == [600, 3, 600]  # in requests of 256, 256 and 88
     assert one == said(engines.generate(prompts[:1], 600, 12, [5]))[0]
     full = [ids for ids in one + other if len(ids) == 12]
@@ -104,146 +97,87 @@ def test_seeds_decide_what_is_drawn_and_nothing_is_drawn_twice(engines, tokenize
 
 
 def test_an_error_tells_what_was_waited_for_and_the_end_of_the_log(engines, prompts, monkeypatch):
-    with pytest.raises(
-        RuntimeError, match=r"an engine failed while trying.*no_such_method"
-    ) as error:
+    with pytest.raises(RuntimeError, match=r"trying.*no_such_method") as error:
         engines._ask("trying", "call_workers", "no_such_method")
-    assert "the end of" in str(error.value) and "engine-0.log" in str(error.value)
-    monkeypatch.setattr(engines, "limit_minutes", 1e-4)
-    with pytest.raises(RuntimeError, match=r"an engine failed while sampling.*timed out"):
+    assert "engine-0.log" in str(error.value)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=r"sampling.*timed out"):
+        patch.setattr(engines, "limit_minutes", 1e-4)
         engines.generate(prompts, 64, 100, range(6))
-    monkeypatch.undo()
     assert len(engines.generate(prompts, 1, 4)) == 6  # it lives on
 
 
 # The hand-over, without a GPU
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("chunk_bytes", [1, 60_000, 1 << 30])
-def test_all_weights_are_sent_once_a_tied_head_included(tied, chunk_bytes, accelerator, tokenizer):
-    model, dtype = model_of(0, tokenizer, tied=tied), torch.float32 if tied else torch.bfloat16
-    chunks = list(common.weight_chunks(model, dtype, chunk_bytes))
+def test_all_weights_are_sent_once_a_tied_head_included(chunk_bytes, tokenizer):
+    model = model_of(0, tokenizer, tied=True)
+    chunks = list(common.weight_chunks(model, torch.bfloat16, chunk_bytes))
     assert (len(chunks) > 2) == (chunk_bytes < 1 << 30)
     sent = dict(itertools.chain(*chunks))
     assert sum(len(chunk) for chunk in chunks) == len(sent)
-    expected = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(sent)
+    expected = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= sent.keys()
     torch.testing.assert_close(sent, expected, rtol=0, atol=0)
-    pointers = {weight.data_ptr() for weight in [*sent.values(), *model.parameters()]}
-    assert len(pointers) == len(sent) + len(list(model.parameters())), "copies of their own"
 
 
-def test_on_gpus_each_engine_is_told_the_handles_of_all_processes(
-    accelerator, tokenizer, monkeypatch
-):
-    """What vLLM's workers are called with, with a second process made up."""
-    engines, calls = common.VLLMEngines.__new__(common.VLLMEngines), []
-    engines.accelerator, engines.cuda, engines.dtype = accelerator, True, torch.bfloat16
-    engines._ask = lambda doing, method, *inputs: calls.append(inputs)
-    for name in ("synchronize", "ipc_collect"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-a")
+def test_on_gpus_an_engine_is_told_the_handles_of_all_processes(tokenizer, monkeypatch):
+    """The arguments of vLLM's worker, with a second process made up."""
+    engines = common.VLLMEngines.__new__(common.VLLMEngines)
+    engines.accelerator = SimpleNamespace(device="cuda")
+    gpu, gather = (
+        SimpleNamespace(uuid="a"),
+        lambda mine: mine + [[{"b": one["a"]} for one in mine[0]]],
     )
-    monkeypatch.setattr(common, "reduce_tensor", lambda weight: (None, list(weight.shape)))
-
-    def gather(mine):
-        return mine + [[{"GPU-b": one["GPU-a"]} for one in mine[0]]]
-
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(common, "reduce_tensor", lambda weight: (None, weight.shape))
     monkeypatch.setattr(common.accelerate.utils, "gather_object", gather)
-    model = model_of(0, tokenizer)
-    engines.update_weights(model)
-    assert calls[0] == ("start_weight_update",) and calls[-1] == ("finish_weight_update",)
-    ((method, info),) = calls[1:-1]
-    shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
-    assert method == "update_weights" and info["names"] == list(shapes)
-    assert info["shapes"] == list(shapes.values())
-    assert info["dtype_names"] == ["bfloat16"] * len(shapes)
-    assert info["ipc_handles"] == [{"GPU-a": shape, "GPU-b": shape} for shape in shapes.values()]
-
-
-def test_gpus_that_do_not_divide_into_engines_are_refused(tokenizer, capsys):
-    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=3)
-    args = SimpleNamespace(out=ROOT, gpu_memory=0.3, gpus_per_engine=2)
-    message = refused(
-        capsys, common.VLLMEngines, args, accelerator, TINY_LLAMA, tokenizer, 256, "model"
-    )
-    assert "--gpus-per-engine 2 does not divide the 3 GPUs" in message
+    chunk = [("one", torch.zeros(2, 3)), ("two", torch.zeros(4, dtype=torch.bfloat16))]
+    assert engines._export(chunk) == {
+        "names": ["one", "two"],
+        "dtype_names": ["float32", "bfloat16"],
+        "shapes": [[2, 3], [4]],
+        "ipc_handles": [dict.fromkeys("ab", weight.shape) for _, weight in chunk],
+    }
 
 
 def test_without_vllm_a_checkpoint_is_sampled_by_transformers(accelerator, tokenizer, monkeypatch):
     monkeypatch.setattr(common, "find_spec", lambda name: None)
     args = SimpleNamespace(engine="auto")
     sampler = common.make_sampler(args, accelerator, TINY_LLAMA, tokenizer, 256)
-    expected = common.TransformersSampler(accelerator, model_of(0, tokenizer), tokenizer)
     assert isinstance(sampler, common.TransformersSampler)
-    assert said(sampler.generate([[5, 6]], 3, 5, [1])) == said(
-        expected.generate([[5, 6]], 3, 5, [1])
-    )
+    assert len(sampler.generate([[5, 6]], 3, 5, [1])[0]) == 3
 
 
 # Two processes under ZeRO-3, until their engine is killed
 
 
-def family(mark):
-    """The processes that have this mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("TEST_RUN") == mark and process.status() != "zombie":
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def wait_until(condition, seconds):
-    until = time.monotonic() + seconds
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.2)
-    return condition()
-
-
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 def test_two_processes_under_zero3_until_their_engine_is_killed(warm_start, tmp_path):
     """After updates from split weights, a tied head among them, the engine's log-probabilities are
     the trainer's. When it dies, the run ends with its last log lines and leaves no process."""
-    if find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
     checkpoint, data = warm_start
     flags = ["--model", checkpoint, "--data", data, "--engine", "vllm", "--zero", "3"]
     flags += ["--batch-size", "6", "--max-new-tokens", "40", "--epochs", "1000", "--lr", "0.005"]
     flags += ["--eval-problems", "0", "--warmup-steps", "0", "--out", tmp_path / "run"]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "train_grpo.py"]
-    mark, metrics = str(tmp_path), tmp_path / "run/metrics.jsonl"
-    run = subprocess.Popen(
-        [sys.executable, *launcher, *map(str, flags)],
-        cwd=ROOT,
-        env=os.environ | {"TEST_RUN": mark},
-        stdout=subprocess.DEVNULL,
-        stderr=(tmp_path / "stderr").open("w"),
-    )
-
-    def stepped():
-        return run.poll() is not None or (metrics.exists() and len(read_lines(metrics)) >= 4)
-
-    try:
-        wait_until(stepped, 300)
-        assert run.poll() is None, (tmp_path / "stderr").read_text()[-3000:]
-        (engine,) = [one for one in family(mark) if one.name().startswith("ray::Engine")]
-        engine.kill()
-        assert run.wait(120) == 1
-        assert wait_until(lambda: not family(mark), 120)
-    finally:
-        run.kill()
-        for process in family(mark):
-            process.kill()
-    steps = read_lines(metrics)
-    assert [step["engine_to_trainer"] for step in steps] == [pytest.approx(1, abs=1e-4)] * len(
-        steps
-    )
-    stderr = (tmp_path / "stderr").read_text()
-    assert "an engine failed while" in stderr
-    told = stderr.partition(f"--- the end of {tmp_path}/run/engine-0.log")[2]
+    command = [sys.executable, *launcher, *map(str, flags)]
+    metrics, log = tmp_path / "run/metrics.jsonl", tmp_path / "stderr"
+    with log.open("w") as file:
+        run = psutil.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=file)
+    while not metrics.exists() or len(read_lines(metrics)) < 4:
+        assert run.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.2)
+    processes = run.children(recursive=True)
+    (engine,) = [one for one in processes if one.name().startswith("ray::Engine")]
+    engine.kill()
+    _, alive = psutil.wait_procs([run, *processes], timeout=600)
+    for process in alive:
+        process.kill()
+    assert run.returncode == 1 and not alive
+    ratios = [step["engine_to_trainer"] for step in read_lines(metrics)]
+    assert ratios == [pytest.approx(1, abs=1e-4)] * len(ratios)
+    told = log.read_text().partition(f"--- the end of {tmp_path}/run/engine-0.log")[2]
     last_words = (tmp_path / "run/engine-0.log").read_text(errors="replace").splitlines()[-1]
     assert last_words and last_words[:300] in told

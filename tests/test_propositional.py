@@ -2,18 +2,14 @@
 
 import json
 import random
-import re
 from itertools import islice
 
-import pytest
 from conftest import ROOT, run_script
 from transformers import AutoTokenizer
 
 from examples.propositional import generate
 from examples.propositional.environment import (
     Dojo,
-    DojoCrashError,
-    DojoInitError,
     LeanError,
     ProofFinished,
     ProofGivenUp,
@@ -32,95 +28,40 @@ def start(statement):
 
 
 def walk(statement, *tactics):
-    """The printed state after each tactic, or the result if it is no state."""
+    """Return the result of the last tactic."""
     dojo, state = start(statement)
-    shown = [state.pp]
     for tactic in tactics:
         state = dojo.run_tac(state, tactic)
-        shown.append(state.pp if isinstance(state, TacticState) else state)
-    return shown
+    return state
 
 
 # ---- The environment -----------------------------------------------------------------------------
-FORMULAS = ["A → B → C", "(A → B) → C", "A ∧ B ∧ C", "(A ∧ B) ∧ C", "A ∧ B ∨ C", "A ∧ (B ∨ C)"]
-FORMULAS += ["A ∨ B → C", "A ∨ (B → C)", "¬A ∧ B", "¬(A ∧ B)", "¬¬A", "A ↔ B → C", "(A ↔ B) → C"]
-FORMULAS += ["(A ↔ B) ↔ C", "A ↔ (B ↔ C)", "¬(A → False)"]
-
-
-def test_prints_with_leans_parentheses():
-    for formula in FORMULAS:
-        for written in (formula, f"(({formula}))"):
-            state = start(f"(A B C : Prop) : {written}")[1]
-            assert state.pp == f"A B C : Prop\n⊢ {formula}"
-
-
-def test_states_and_cases_look_like_leans():
-    shown = walk(
-        "(A B C : Prop) (h1 : A ∨ B → C) (h2 h3 : ¬(A ∧ ¬B)) : (A ↔ C) ∧ ¬¬B → C",
-        *("intro h4", "obtain ⟨h5, h6⟩ := h4", "apply h1", "right", "exfalso", "apply h6"),
-        *("intro h7", "apply h2", "constructor"),
-    )
-    hypotheses = "A B C : Prop\nh1 : A ∨ B → C\nh2 h3 : ¬(A ∧ ¬B)\nh5 : A ↔ C\nh6 : ¬¬B\nh7 : B\n"
-    assert shown[8] == f"{hypotheses}⊢ A ∧ ¬B"
-    assert shown[9] == f"case left\n{hypotheses}⊢ A\n\ncase right\n{hypotheses}⊢ ¬B"
-    tactics = "obtain h2 | h3 := h1", "constructor", "intro h4", "right"
-    shown = walk("(A B : Prop) (h1 : A ∨ B) : A ↔ B ∨ A", *tactics)
-    assert re.findall("case (.*)", shown[1]) == ["inl", "inr"]
-    assert re.findall("case (.*)", shown[4]) == ["inl.mp", "inl.mpr", "inr"]
-    shown = walk("(A B C : Prop) (h1 : A → B → C) : A → C", "intro h2", "apply h1", "exact h2")
-    assert re.findall("case (.*)", shown[2]) == ["a", "a"]
-
-
 GOAL = "(A B C : Prop) (h1 : A ∧ B) (h2 : C → A → B) (h3 : C) (h4 : A) (h5 : C → B) : B"
-
-
-def test_spaces_as_lean_wants_them():
-    for tactic in ("exact (h2 h3) (h4)", "exact(h5 h3)", "exact h5 (h3)", "exact h5\nh3"):
-        assert isinstance(walk(GOAL, tactic)[1], ProofFinished)
-    for tactic in ("exact h5(h3)", "exact (h5)h3", "exact (h2 h3)(h4)", "apply h2(h3)"):
-        assert isinstance(walk(GOAL, tactic)[1], LeanError)
-    for space in "\t\r\f\u00a0":
-        assert isinstance(walk(GOAL, f"exact h5{space}h3")[1], LeanError)
-
-
-@pytest.mark.parametrize("term", ["h1", "(h1)", "((h1))"])
-def test_parentheses_do_not_keep_a_hypothesis_that_is_taken_apart(term):
-    for name, left in (("h7", "h7 : A"), ("h1", "h1 : A")):
-        state = walk(GOAL, f"obtain ⟨{name}, h8⟩ := {term}")[1]
-        assert state.endswith(f"h5 : C → B\n{left}\nh8 : B\n⊢ B") and "∧" not in state
-    shown = walk("(A B : Prop) (h1 : A ∨ B) : A ∨ B", f"obtain h1 | h2 := {term}")[1]
-    assert "∨" not in shown.replace("⊢ A ∨ B", "")
-
-
-ERRORS = {
-    "not a tactic": ["", "simp", "left sorry", "obtain ⟨h6, h7 := h1"],
-    "unknown identifier": ["exact h9", "exact", "exact sorry h3", "have h6 := sorry"],
-    "type mismatch": ["exact h1", "exact A", "exact h5 h1", "cases h3"],
-    "→ or ¬ expected": ["exact h3 h1", "intro h6", "apply h1", "exact h5 h3\nexact h5 h3"],
-    "in use": ["have h2 := h1", "have A := h1", "obtain ⟨h6, h6⟩ := h1"],
-    "∨ expected": ["obtain h6 | h7 := h1", "left"],
-    "∧ or ↔ expected": ["obtain ⟨h6, h7⟩ := h5", "constructor"],
-    "unexpected )": ["exact h5 h3)"],
-    "recursion": ["exact " + "(" * 100_000 + "h1"],
-}
+WRONG = [
+    *("", "simp", "left sorry", "obtain ⟨h6, h7 := h1", "exact h9", "exact", "exact sorry h3"),
+    *("have h6 := sorry", "exact h1", "exact A", "exact h5 h1", "cases h3", "exact h3 h1"),
+    *("intro h6", "apply h1", "exact h5 h3\nexact h5 h3", "have h2 := h1", "have A := h1"),
+    *("obtain ⟨h6, h6⟩ := h1", "obtain h6 | h7 := h1", "left", "obtain ⟨h6, h7⟩ := h5"),
+    *("constructor", "exact h5 h3)", "exact " + "(" * 100_000 + "h1", "exact h5(h3)"),
+    *("exact (h5)h3", "exact (h2 h3)(h4)", "exact h5\th3", "exact h5\u00a0h3"),
+]
 
 
 def test_errors_leave_the_state_as_it_was():
     dojo, state = start(GOAL)
-    for message, tactics in ERRORS.items():
-        for tactic in tactics:
-            result = dojo.run_tac(state, tactic)
-            assert isinstance(result, LeanError) and message in result.error, tactic
-    assert isinstance(dojo.run_tac(state, "exact h5 h3"), ProofFinished)
+    for tactic in WRONG:
+        assert isinstance(dojo.run_tac(state, tactic), LeanError), tactic
+    for tactic in ("exact h5 h3", "exact (h2 h3) (h4)", "exact(h5 h3)", "exact h5\nh3"):
+        assert isinstance(dojo.run_tac(state, tactic), ProofFinished), tactic
 
 
 def test_sorry_closes_its_goal_only_and_proves_nothing():
     for tactic in ("sorry", "exact sorry", "exact (sorry)", "exact h2 (sorry) h4"):
-        assert walk(GOAL, tactic)[1] == ProofGivenUp()
+        assert walk(GOAL, tactic) == ProofGivenUp()
     statement = "(A B : Prop) (h1 : A) (h2 : B) : A ∧ B"
-    shown = walk(statement, "constructor", "sorry", "exact h2")
-    assert shown[2] == "case right\nA B : Prop\nh1 : A\nh2 : B\n⊢ B" and shown[3] == ProofGivenUp()
-    assert isinstance(walk(statement, "constructor", "exact h1", "exact h2")[3], ProofFinished)
+    assert walk(statement, "constructor", "sorry").pp.endswith("h2 : B\n⊢ B")
+    assert walk(statement, "constructor", "sorry", "exact h2") == ProofGivenUp()
+    assert isinstance(walk(statement, "constructor", "exact h1", "exact h2"), ProofFinished)
 
 
 def test_any_earlier_state_can_be_continued_from():
@@ -129,14 +70,6 @@ def test_any_earlier_state_can_be_continued_from():
     assert dojo.run_tac(state, "left") == wrong  # `constructor` takes the first one
     assert isinstance(dojo.run_tac(wrong, "exact h1"), LeanError)
     assert isinstance(dojo.run_tac(right, "exact h1"), ProofFinished)
-    with pytest.raises(DojoCrashError):
-        dojo.run_tac(TacticState(right.pp, id=99), "exact h1")
-
-
-def test_no_such_theorem():
-    for statement in ("(A : Prop) : A ∧", "(A : Prop) : B", "(A A : Prop) : A", ": A"):
-        with pytest.raises(DojoInitError):
-            start(statement)
 
 
 # ---- It proves nothing that does not hold --------------------------------------------------------
@@ -145,6 +78,7 @@ PROVABLE = ["¬¬(A ∨ ¬A)", "¬¬¬A → ¬A", "¬¬(((A → B) → A) → A)
 
 
 def is_provable(goal):
+    """Decided by a method of its own, not by the environment's tactics."""
     hypotheses = frozenset(map(generate.plain, goal.hypotheses.values()))
     return generate.provable(hypotheses, generate.plain(goal.target))
 

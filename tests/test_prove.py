@@ -1,6 +1,7 @@
 """The proof search: its estimates and costs, what Lean may do to it, and prove.py as a whole."""
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 import scripted_prove
 from conftest import ROOT
 from lean_stand_in import running
+from small_runs import refused
 
 import common
 import prove
@@ -35,12 +37,12 @@ SLOW = {"d": 10.0, "g": 10.0}  # seconds: a proof takes time
 class KnownTree:
     """In place of `prove.Lean`."""
 
-    def __init__(self, tree=TREE, seconds=None, first="r", false=()):
-        self.tree, self.first, self.seconds, self.false = tree, first, seconds or {}, false
+    def __init__(self, tree=TREE, seconds=None, false=()):
+        self.tree, self.seconds, self.false = tree, seconds or {}, false
         self.events, self.calls, self.replayed = Counter(), [], []
 
     def state(self, path):
-        state = self.first
+        state = "r"
         for tactic in path:
             state = self.tree[state][tactic][1]
         return state
@@ -49,7 +51,7 @@ class KnownTree:
         return [getattr(self, method)(*item) for item in items]
 
     def enter(self):
-        return "open", self.first, 0.0
+        return "open", "r", 0.0
 
     def apply(self, path, tactic):
         self.calls.append((path, tactic))
@@ -120,27 +122,16 @@ def test_successes_are_those_of_independent_passes(max_steps):
             assert abs(z_of([estimate(one, k) for one in results], 1 - (1 - q) ** k)) < 4
 
 
-class Uniform(dict):
-    """A tree in which every path of four tactics is a state of its own, then an error."""
-
-    def __missing__(self, state):
-        letters = map(chr, range(65, 65 + self.branching))
-        ends = len(state) == 3
-        return {c: (1 / self.branching, "ERROR" if ends else state + c) for c in letters}
-
-
-@pytest.mark.parametrize("branching, share", [(1, 0), (4, 2), (8, 19), (16, 42), (32, 55)])
-def test_calls_are_the_distinct_paths(branching, share):
-    """And what sharing saves: much where a small N_eff makes the tree narrow, little else."""
-    tree, passes = Uniform(), 4096
-    tree.branching, lean = branching, KnownTree(tree, first="")
-    result = search(lean, drawing(3, tree), passes)
-    assert len(lean.calls) == len(set(lean.calls)) == result["tactic_calls"]
-    assert result["steps"] == 4 * passes
-    widths = [branching**k for k in range(1, 5)]
-    expected = sum(w * (1 - (1 - 1 / w) ** passes) for w in widths) / (4 * passes)
-    assert 100 * result["tactic_calls"] / result["steps"] == pytest.approx(100 * expected, abs=0.7)
-    assert round(100 * expected) == share
+def test_passes_share_the_calls_of_a_path_and_of_nothing_else():
+    """Two paths lead to the same text, s2; its tactics are called on each."""
+    lean = KnownTree()
+    sample = saying([["a", "a", "c"]], [["e", "e"], ["h"]], [["g", "i"], ["g"]])
+    result = search(lean, sample, 3)
+    assert lean.calls == [
+        *[((), "a"), ((), "c"), (("a",), "e"), (("c",), "h")],
+        *[(("a", "e"), "g"), (("a", "e"), "i"), (("c", "h"), "g")],
+    ]
+    assert (result["tactic_calls"], result["steps"], result["successes"]) == (7, 9, 2)
 
 
 @pytest.mark.parametrize("limit", [20.0, 6.0])  # of a few blocks; of less than most blocks take
@@ -208,8 +199,8 @@ def test_what_is_no_proof_or_no_line_is_not_even_tried():
     assert lean.calls == [((), "b")] and result["steps"] == 1 and result["unfinished"] == 0
     assert not any(map(prove.is_refused, TRIED))
     cited = {"exact foo_1 h": True, "exact?": True, "exact foo_12 h": False}
-    for tactic, refused in cited.items():  # theorems whose own proof is sorry
-        assert prove.is_refused(tactic, ["foo_1", "bar"]) == refused
+    for tactic, is_refused in cited.items():  # theorems whose own proof is sorry
+        assert prove.is_refused(tactic, ["foo_1", "bar"]) == is_refused
         assert not prove.is_refused(tactic)
 
 
@@ -225,21 +216,21 @@ def test_a_proof_counts_only_if_its_own_path_proves_it_once_more():
 
 # ---- The tables ----------------------------------------------------------------------------------
 def test_the_ensemble_its_baseline_and_paired_differences(tmp_path, capsys):
+    asked = {"A": 64, "B": 64, "A (2 x the passes)": 128}
     counts = {"A": [3, 0, 64, 1], "B": [0, 0, 1, 20], "A (2 x the passes)": [3, 1, 0, 100]}
     names = ("tactic_calls", "steps", "unfinished", "unreplayable", "timeouts", "crashes", "proof")
-    runs = {label: [] for label in counts}
-    for label, results in runs.items():
-        for i, c in enumerate(counts[label]):
-            result = {"id": i, "asked": 128 if "2 x" in label else 64, "in_time": c}
-            results.append(dict.fromkeys(names, 0) | result | {"successes": c, "status": "done"})
+    runs = {}
+    for label in asked:
+        same = dict.fromkeys(names, 0) | {"id": 0, "status": "done", "asked": asked[label]}
+        runs[label] = [same | {"successes": c, "in_time": c} for c in counts[label]]
     args = argparse.Namespace(ns=[1, 16, 64], passes=64, ensemble=True, baseline="A", out=tmp_path)
     prove.report(args, runs, [])
     saved = json.loads((tmp_path / "prove.json").read_text())
-    for n in (1, 16, 64):
+    for n in args.ns:
         rates = {}
-        for label, successes in counts.items():
-            size, k = (128, 2 * n) if "2 x" in label else (64, n)
-            ways = [math.comb(size - c, k) / math.comb(size, k) for c in successes]
+        for label, size in asked.items():
+            k = n * size // 64
+            ways = [math.comb(size - c, k) / math.comb(size, k) for c in counts[label]]
             rates[label] = 1 - np.array(ways)
         rates["ensemble"] = 1 - (1 - rates["A"]) * (1 - rates["B"])
         for label, values in rates.items():
@@ -256,11 +247,11 @@ def test_the_ensemble_its_baseline_and_paired_differences(tmp_path, capsys):
 def worker(lean, monkeypatch):
     monkeypatch.setenv("TACTIC_MEMORY_LIMIT", "8g")
     handler = signal.getsignal(signal.SIGHUP)
-    worker = prove.LeanWorker("stand_in_dojo:Dojo", 1.0, 20.0, 1)
+    worker = prove.LeanWorker("stand_in_dojo:Dojo", 2.0, 300.0, 1)
     signal.signal(signal.SIGHUP, handler)
     yield worker
     worker.leave()
-    assert running(os.environ, wait=20) == []
+    assert running(os.environ, wait=100) == []
 
 
 @pytest.fixture
@@ -297,7 +288,7 @@ def test_branches_replays_and_the_next_theorem(worker, lean):
     assert kinds(found) == ["proved", "proved", "open", "error", "error"]
     assert found[1][1] == ["p q : Prop\nh : p ∧ q\n⊢ q ∧ p", outcomes[1][1]]
     assert kinds(worker.do("apply", lean["one_step"], [((), "rfl")])) == ["proved"]
-    assert running(os.environ, "two_steps", wait=20) == []
+    assert running(os.environ, "two_steps", wait=100) == []
 
 
 def test_a_proof_that_needs_what_the_search_left_behind_is_no_proof(monkeypatch):
@@ -309,21 +300,7 @@ def test_a_proof_that_needs_what_the_search_left_behind_is_no_proof(monkeypatch)
 
 
 def test_a_sorry_proves_nothing(worker, lean):
-    paths = {"one_step": ("sorry",), "sorry_inside": ("have h : 1 < 2 := by sorry", "exact h")}
-    for name, path in paths.items():  # were it tried
-        assert kinds(replay(worker, lean[name], [path])) == ["error"]
-
-
-@pytest.mark.parametrize(
-    "tactic, kind",
-    [("hang", "timeout"), ("die", "crash"), ("exceed_memory", "crash"), ("garbage", "crash")],
-)
-def test_what_breaks_an_environment_ends_it_and_the_next_one_goes_on(worker, lean, tactic, kind):
-    """Also from a state that only the lost one had: its path is taken once more."""
-    calls = [((), "skip"), (("skip",), tactic), (("skip",), "rfl")]
-    assert kinds(worker.do("apply", lean["one_step"], calls)) == ["open", kind]
-    assert running(os.environ, wait=20) == [] and worker.manager is None
-    assert kinds(worker.do("apply", lean["one_step"], calls[2:])) == ["proved"]
+    assert kinds(replay(worker, lean["one_step"], [("sorry",)])) == ["error"]  # were it tried
 
 
 def test_what_breaks_is_tried_once_more_alone(local, lean):
@@ -333,36 +310,41 @@ def test_what_breaks_is_tried_once_more_alone(local, lean):
     assert kinds(outcomes) == ["proved", "timeout", "crash", "proved", "open"]
     assert asked == [calls, calls[1:2], calls[2:], calls[2:3], calls[3:]]
     assert (one.events["timeout"], one.events["crash"]) == (2, 2)
-    assert outcomes[1][2] >= 2  # both tries, of 1 s each, are the theorem's time
-    asked.clear()
-    slow = [((), f"sleep {i}") for i in range(4)]  # 0.8 s each: a request ends after 2 s
-    assert kinds(one.do("apply", lean["one_step"], slow)) == ["open"] * 4 and len(asked) > 1
+    assert outcomes[1][2] >= 4  # both tries, of 2 s each, are the theorem's time
 
 
-def test_what_fails_once_is_proved(local, lean, monkeypatch, tmp_path):
-    monkeypatch.setenv("LEAN_STAND_IN_TRIES", str(tmp_path))
+def test_a_request_ends_after_a_while(local, lean, monkeypatch):
+    """Else the worker would seem to hang. The clock goes on by 1 s with each look at it."""
+    one, asked = local
+    calls = [((), f"skip {i}") for i in range(9)]
+    with monkeypatch.context() as patch:
+        patch.setattr(prove.time, "monotonic", itertools.count().__next__)
+        assert kinds(one.do("apply", lean["one_step"], calls)) == ["open"] * 9
+    assert len(asked) == 2
+
+
+def test_what_fails_once_is_proved(local, lean):
     one, _ = local
     for name in ("flaky_death", "flaky_hang"):
         assert kinds(one.do("apply", lean[name], [((), "skip"), ((), "rfl")]))[1] == "proved"
     assert kinds(one.do("enter", lean["start_flaky"], [()])) == ["open"]
-    (tmp_path / "flaky_death").unlink()
+    Path(os.environ["LEAN_STAND_IN"], "flaky_death").unlink()
     found = replay(one, lean["flaky_death"], [("skip", "rfl"), ("simp",)])
     assert kinds(found) == ["proved", "error"] and one.events["crash"] == 3
-    for name in ("start_eof", "start_solved"):
-        assert kinds(one.do("enter", lean[name], [()])) == ["crash"]
+    assert kinds(one.do("enter", lean["start_solved"], [()])) == ["crash"]
 
 
 # ---- Through Ray ---------------------------------------------------------------------------------
 def test_a_worker_that_dies_or_hangs_is_replaced(ray_session, tmp_path):
     actor = ray_session.remote(prove.LeanWorker).options(num_cpus=0)
-    lean = prove.Lean(ray_session, actor, ("toy_dojo:Dojo", 1.0, 1.0, 1), patience=60.0)
+    lean = prove.Lean(ray_session, actor, ("toy_dojo:Dojo", 1.0, 1.0, 1), patience=600.0)
     calls = [((), "step"), ((), f"die_once {tmp_path}/died"), (("step",), "step"), ((), "die")]
     calls += [(("step", "step"), "step"), ((), "raise"), ((), "half_a_pair"), ((), "nothing")]
     found = kinds(lean.do("apply", toy("toy_3"), calls))
     assert found == ["open", "open", "open", "crash", "proved", "crash", "crash", "error"]
-    lean.patience = 3.0
+    lean.patience = 10.0
     assert kinds(lean.do("apply", toy("toy_3"), [((), "hang")])) == ["timeout"]
-    lean.patience = 60.0
+    lean.patience = 600.0
     ((kind, states, _),) = replay(lean, toy("toy_3"), [("step",) * 3])
     assert (kind, states) == ("proved", ["3 to go", "2 to go", "1 to go"])
 
@@ -374,12 +356,12 @@ def test_a_killed_worker_leaves_no_lean_behind(ray_session, lean):
     pid = ray_session.get(worker.__ray_call__.remote(lambda self: os.getpid()))
     ray_session.get(worker.do.remote("enter", lean["hanging"], [()]))
     worker.do.remote("apply", lean["hanging"], [((), "simp")])
-    time.sleep(1)
+    time.sleep(3)
     (left,) = running(os.environ, "hanging")
     os.kill(left, signal.SIGTERM)
     assert running(os.environ, "hanging", wait=0.3) == [left]
     os.kill(pid, signal.SIGKILL)
-    assert running(os.environ, "hanging", wait=60) == []
+    assert running(os.environ, "hanging", wait=300) == []
 
 
 def test_an_ensemble_on_the_embedded_theorems(ray_session, tmp_path, capsys):
@@ -415,13 +397,10 @@ CHANCES = {
     "p q : Prop\nh : p ∧ q\n⊢ q ∧ p": {"obtain ⟨hp, hq⟩ := h": 1, "constructor": 1, "skip": 1},
     "p q : Prop\nhp : p\nhq : q\n⊢ q ∧ p": {"exact ⟨hq, hp⟩": 1, "simp": 3},
     "⊢ False": {"exfalso": 1, "trivial": 2},
-    "⊢ 7919 = 7919": {"native_decide": 1},
-    "⊢ 1 < 2": {"have h : 1 < 2 := by sorry": 1, "skip": 1},
-    "h : 1 < 2\n⊢ 1 < 2": {"exact h": 1},
     "⊢ 1 = 1": {"rfl": 1, "die": 1},
     "else": {"simp": 1},
 }
-NAMES = ["one_step", "two_steps", "unprovable", "native", "dying", "start_solved"]
+NAMES = ["one_step", "two_steps", "unprovable", "dying", "start_solved"]
 PROVABLE = {"one_step", "two_steps", "dying"}
 
 
@@ -458,7 +437,7 @@ def whole_run(in_process, scripted, tmp_path_factory):
 def test_each_theorem_gets_what_its_tactics_bring(whole_run):
     lines = {line["full_name"]: line for line in result_lines(whole_run)}
     assert {name for name, line in lines.items() if line["successes"]} == PROVABLE
-    assert lines["dying"]["crashes"] == 2 and lines["native"]["tactic_calls"] == 0
+    assert lines["dying"]["crashes"] == 2
     assert lines["start_solved"]["status"].startswith("not started: AssertionError")
     q = 2 / 9  # of one_step, at once
     assert abs(lines["one_step"]["successes"] - 64 * q) < 4 * math.sqrt(64 * q * (1 - q))
@@ -474,67 +453,55 @@ def test_a_finished_run_is_reported_again_and_other_settings_are_refused(
     monkeypatch.setattr(prove, "prove_all", lambda *inputs: again.extend(inputs[3]))
     prove.main([*scripted, "--out", str(whole_run), "--workers", "2"])
     assert [theorem["full_name"] for theorem in again] == ["start_solved"]
-    for flags in (["--passes", "32"], ["--seed", "1"], ["--dojo", "toy_dojo:Dojo"]):
-        with pytest.raises(SystemExit):
-            prove.main([*scripted, "--out", str(whole_run), *flags])
-        assert "holds results of another" in capsys.readouterr().err
+    for name, value in (("passes", "32"), ("seed", "1"), ("dojo", "toy_dojo:Dojo")):
+        flags = [*scripted, "--out", str(whole_run), f"--{name}", value]
+        assert name in refused(capsys, prove.main, flags)
 
 
-@pytest.mark.parametrize("victim", ["Lean", "the worker", "prove.py"])
 def test_kill_9_loses_and_doubles_no_theorem(
-    victim, whole_run, scripted, ray_session, in_process, tmp_path
+    whole_run, scripted, ray_session, in_process, tmp_path
 ):
     """Nothing of a Lean process is left, and the same command goes on where a kill left it."""
     address = ray_session.get_runtime_context().gcs_address
     variables = os.environ | {"RAY_ADDRESS": address, "SCRIPTED_PAUSE": "0.1"}
     command = [sys.executable, "tests/scripted_prove.py", *scripted, "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, env=variables, stderr=subprocess.PIPE)
-    while not (found := running(os.environ, "unprovable")):  # the third theorem of six
+    while not running(os.environ, "unprovable"):  # the third theorem of five
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    pid = found[0]
-    if victim == "the worker":  # the parent of lake, Lean's parent
-        for _ in range(2):
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
-    os.kill(process.pid if victim == "prove.py" else pid, signal.SIGKILL)
-    if victim == "prove.py":
-        process.wait(timeout=60)
-        assert running(os.environ, wait=60) == []
-        with open(next(tmp_path.glob("*.jsonl")), "a") as file:
-            file.write('\n{"id": 3, "full_na')  # as a kill in the middle of a write leaves it
-        prove.main([*scripted, "--out", str(tmp_path)])
-    else:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    free = ("seconds", "blocks", "crashes")  # what hangs on a clock or on the kill
+    process.kill()
+    process.wait()
+    assert running(os.environ, wait=300) == []
+    with open(next(tmp_path.glob("*.jsonl")), "a") as file:
+        file.write('\n{"id": 3, "full_na')  # as a kill in the middle of a write leaves it
+    prove.main([*scripted, "--out", str(tmp_path)])
+    by_the_clock = ("seconds", "blocks")
     found, expected = (
-        [{k: v for k, v in line.items() if k not in free} for line in result_lines(out)]
+        [{k: v for k, v in line.items() if k not in by_the_clock} for line in result_lines(out)]
         for out in (tmp_path, whole_run)
     )
-    assert found == expected and running(os.environ, wait=60) == []
+    assert found == expected
 
 
 # ---- What is refused before anything starts ------------------------------------------------------
 def test_what_is_missing_is_named(scripted, lean, tmp_path, monkeypatch, capsys):
     def message(*flags):
-        with pytest.raises(SystemExit) as stop:
-            prove.main([*scripted, "--out", str(tmp_path / "out"), *map(str, flags)])
-        assert stop.value.code == 2
-        return capsys.readouterr().err
+        flags = [*scripted, "--out", tmp_path / "out", *flags]
+        return refused(capsys, prove.main, [*map(str, flags)])
 
     def theorems(**more):
         (tmp_path / "theorems.json").write_text(json.dumps([lean["one_step"] | more]))
         return "--dojo", "lean_dojo:Dojo", "--theorems", tmp_path / "theorems.json"
 
-    assert "--passes must be positive" in message("--passes", 0)
-    assert "not a list of theorems" in message("--theorems", tmp_path / "none.json")
+    assert "--passes" in message("--passes", 0)
+    assert "none.json" in message("--theorems", tmp_path / "none.json")
     wrong = scripted_prove.make_checkpoint(tmp_path / "direct", {}, template="direct")
-    for model in (wrong, tmp_path, ROOT / "examples/tiny_prover"):
-        assert f"{model} is not a checkpoint of train_lean_step.py" in message("--model", model)
-    assert "is not traced in" in message(*theorems(commit="f" * 40))
-    assert "GITHUB_ACCESS_TOKEN is not set" in message(*theorems(url="https://github.com/a/b"))
+    for model in (wrong, ROOT / "examples/tiny_prover"):
+        assert str(model) in message("--model", model)
+    assert "not traced" in message(*theorems(commit="f" * 40))
+    assert "GITHUB_ACCESS_TOKEN" in message(*theorems(url="https://github.com/a/b"))
     monkeypatch.setenv("PATH", "")
-    assert "git is not on PATH" in message(*theorems())
+    assert "git" in message(*theorems())
     assert not (tmp_path / "out").exists()
 
 

@@ -77,13 +77,18 @@ def test_whole_completions_have_their_probabilities(sampler, short_model, tokeni
     assert z_of_chi_squared(Counter(drawn[0]), other) > 10, "no prompt gets another's samples"
 
 
-def test_a_temperature_changes_the_probabilities(sampler, short_model, tokenizer, prompts):
+def test_a_temperature_divides_the_logits(sampler, short_model, tokenizer, prompts):
+    """In sampling and in log p alike."""
+    examples = [common.Example(0, prompt, [7, 8, 2]) for prompt in prompts]
     (found,) = said(sampler.generate(prompts[:1], 40_000, 2, [3], temperature=1.5))
-    expected = exact(short_model, prompts[0], tokenizer.eos_token_id, 2)
-    assert z_of_chi_squared(Counter(found), expected) > 10
-    short_model.lm_head.weight.data /= 1.5
-    expected = exact(short_model, prompts[0], tokenizer.eos_token_id, 2)
-    assert abs(z_of_chi_squared(Counter(found), expected)) < 5
+    with torch.no_grad():
+        log_p = common.log_probs(short_model, examples, temperature=1.5)
+        expected = exact(short_model, prompts[0], tokenizer.eos_token_id, 2)
+        assert z_of_chi_squared(Counter(found), expected) > 10
+        short_model.lm_head.weight /= 1.5
+        expected = exact(short_model, prompts[0], tokenizer.eos_token_id, 2)
+        assert abs(z_of_chi_squared(Counter(found), expected)) < 5
+        torch.testing.assert_close(log_p, common.log_probs(short_model, examples))
 
 
 def test_completions_end_with_eos_or_at_the_limit(sampler, tokenizer, prompts):
@@ -136,19 +141,6 @@ def test_nothing_is_drawn_twice_in_several_requests(tiny_model, tokenizer, promp
     (found,) = said(sampler.generate(prompts[:1], 2500, 12, [3]))
     full = [ids for ids in found if len(ids) == 12]
     assert len(found) == 2500 and len(full) > 2000 and len(set(full)) == len(full)
-
-
-def test_samples_that_begin_alike_are_computed_once(sampler, short_model, prompts):
-    rows, forward = [], short_model.forward
-
-    def counting(**inputs):
-        rows.append(len(inputs["input_ids"]))
-        return forward(**inputs)
-
-    short_model.forward = counting
-    (found,) = said(sampler.generate(prompts[:1], 1000, 3, [2]))
-    beginnings = [{ids[:k] for ids in found if len(ids) > k} for k in range(3)]
-    assert rows == [len(level) for level in beginnings] and rows[0] == 1
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,6 +1,5 @@
 """Runs that are killed, stopped or out of disk space, and what --resume makes of them."""
 
-import gc
 import itertools
 import multiprocessing
 import os
@@ -10,40 +9,22 @@ import resource
 import shutil
 import signal
 import socket
-import time
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from small_runs import FLAGS, TIMES, TINY_LLAMA, assert_same_run, read_lines, refused, train
+from small_runs import FLAGS, TIMES, assert_same_run, read_lines, refused, train
 
-import common
 import train_direct
 
-
-def serve(connection):
-    """Fork the processes of a run for each list of requests. They begin to train at once, since
-    this process has imported everything. Sends their ids, then their exit codes."""
-    os.setpgrp()  # the test ends all of this group
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    from deepspeed.runtime.zero import stage3  # noqa: F401
-
-    common.load_model(TINY_LLAMA, common.load_tokenizer(TINY_LLAMA))  # imports its architecture
-    gc.freeze()
-    fork = multiprocessing.get_context("fork")
-    while True:
-        processes = [fork.Process(target=child, args=one) for one in connection.recv()]
-        for process in processes:
-            process.start()
-        connection.send([process.pid for process in processes])
-        for process in processes:
-            process.join()
-        connection.send([process.exitcode for process in processes])
+FORK = multiprocessing.get_context("forkserver")  # its processes have imported everything
+FORK.set_forkserver_preload(["train_direct", "transformers.models.llama.modeling_llama"])
 
 
 def child(flags, log, environment, strike):
     os.environ.update(environment)
-    with open(log, "w") as file:
+    with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if strike:
@@ -68,40 +49,40 @@ def send(*signals):
         os.kill(os.getpid(), number)
 
 
+def kill_after(seconds):
+    threading.Timer(seconds, send, [signal.SIGKILL]).start()
+
+
 @pytest.fixture(scope="session")
-def start(small_data, tmp_path_factory):
-    """A function that starts a run and returns (process ids, function that waits for its end)."""
-    connection, other = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=[other])
-    server.start()
-    logs = tmp_path_factory.mktemp("logs")
+def run(small_data):
+    """A function that makes a run in processes of its own and returns what they print."""
 
-    def wait(*codes):
-        assert connection.poll(300), "the run hangs"
-        found, log = connection.recv(), (logs / "0").read_text()
-        assert found == list(codes), f"{found}\n{log[-4000:]}"
-        return log
-
-    def start(out, *more, strike=None, processes=1):
-        """strike: arguments of `patch` for the last process."""
+    def run(out, *more, code=0, strike=None, processes=1):
+        """code: with which all have to end. strike: arguments of `patch` for the last process."""
         flags = [*FLAGS, "--save-every", 4, "--data", small_data, "--out", out, "--resume", *more]
-        requests = [(flags, logs / "0", {}, strike)]
-        if processes == 2:
+        log, started, world = out.parent / "log", [], {"DS_ACCELERATOR": "cpu"}
+        log.unlink(missing_ok=True)
+        if processes > 1:
             with socket.create_server(("127.0.0.1", 0)) as free:
-                world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-            ranks = [world | {"WORLD_SIZE": "2", "RANK": i, "LOCAL_RANK": i} for i in ("0", "1")]
-            requests = [(flags, logs / "0", ranks[0], None), (flags, logs / "1", ranks[1], strike)]
-        connection.send(requests)
-        return connection.recv(), wait
+                world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            world["WORLD_SIZE"] = str(processes)
+        for i in range(processes):
+            ranks = {"RANK": str(i), "LOCAL_RANK": str(i)} if processes > 1 else {}
+            inputs = flags, log, world | ranks, strike if i == processes - 1 else None
+            started.append(FORK.Process(target=child, args=inputs, daemon=True))
+            started[-1].start()
+        for process in started:
+            process.join(600)
+        assert {process.exitcode for process in started} == {code}, log.read_text()[-4000:]
+        return log.read_text()
 
-    yield start
-    os.killpg(server.pid, signal.SIGKILL)
+    return run
 
 
 @pytest.fixture(scope="session")
-def undisturbed(start, tmp_path_factory):
+def undisturbed(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    start(out)[1](0)
+    run(out)
     return out
 
 
@@ -128,8 +109,8 @@ def assert_whole(out, undisturbed):
         assert contents(checkpoint) == contents(undisturbed / checkpoint.name)
 
 
-def assert_ends_with_the_same_bytes(start, out, undisturbed):
-    start(out)[1](0)
+def assert_ends_with_the_same_bytes(run, out, undisturbed):
+    run(out)
     assert_whole(out, undisturbed)
     assert len(list(out.glob("epoch-*"))) == 4 and not [*out.rglob("*.partial")]
     for name in ("metrics.jsonl", "epochs.jsonl"):
@@ -142,20 +123,14 @@ def assert_ends_with_the_same_bytes(start, out, undisturbed):
 # ---- Killed
 
 
-def test_a_run_killed_at_random_instants_ends_with_the_same_bytes(start, undisturbed, tmp_path):
+def test_a_run_killed_at_random_instants_ends_with_the_same_bytes(run, undisturbed, tmp_path):
     rng, out = random.Random(0), tmp_path / "run"
     for _ in range(4):
-        wanted = max(states(out), default=0) + rng.randint(1, 5)
-        (pid,), wait = start(out)
-        until = time.monotonic() + 100
-        while count_lines(out / "metrics.jsonl") < wanted and time.monotonic() < until:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.05))
-        os.kill(pid, signal.SIGKILL)
-        wait(-signal.SIGKILL)
+        strike = "common.Run.end_step", rng.randint(3, 8), kill_after, rng.uniform(0, 0.1)
+        run(out, code=-signal.SIGKILL, strike=strike)
         assert_whole(out, undisturbed)
     assert states(out)
-    assert_ends_with_the_same_bytes(start, out, undisturbed)
+    assert_ends_with_the_same_bytes(run, out, undisturbed)
 
 
 KILLS = [  # the call before which a run is killed; each run resumes the one before
@@ -170,40 +145,35 @@ KILLS = [  # the call before which a run is killed; each run resumes the one bef
 ]
 
 
-def test_what_is_killed_while_it_writes_leaves_whole_files(start, undisturbed, tmp_path):
+def test_what_is_killed_while_it_writes_leaves_whole_files(run, undisturbed, tmp_path):
     out, last = tmp_path / "run", []
     for target, count in KILLS:
-        start(out, strike=(target, count, send, signal.SIGKILL))[1](-signal.SIGKILL)
+        run(out, code=-signal.SIGKILL, strike=(target, count, send, signal.SIGKILL))
         assert_whole(out, undisturbed)
         last.append(max(states(out), default=0))
     assert last == sorted(last) and last[-1] > 4
-    assert_ends_with_the_same_bytes(start, out, undisturbed)
+    assert_ends_with_the_same_bytes(run, out, undisturbed)
 
 
-def test_files_reach_the_disk_before_they_get_their_final_name(small_data, tmp_path, monkeypatch):
-    on_disk, renamed, rename = set(), {}, Path.rename
+def test_a_folder_has_its_name_while_all_of_it_is_on_the_disk(small_data, tmp_path, monkeypatch):
+    """It gets the name after fsync, and an old state loses it before it is removed."""
+    on_disk, not_on_disk, removed, rename, rmtree = set(), {}, [], Path.rename, shutil.rmtree
 
-    def watched(old, new):
-        if new.suffix != ".partial":  # which is no final name
-            renamed[new.name] = {str(old / name) for name in contents(old)} - on_disk
+    def watched_rename(old, new):
+        if new.suffix != ".partial":
+            not_on_disk[new.name] = {str(old / name) for name in contents(old)} - on_disk
         return rename(old, new)
 
-    monkeypatch.setattr(os, "fsync", lambda file: on_disk.add(os.readlink(f"/proc/self/fd/{file}")))
-    monkeypatch.setattr(Path, "rename", watched)
-    train("--epochs", 1, "--save-every", 2, "--data", small_data, "--out", tmp_path / "run")
-    assert {"step-2", "step-4", "epoch-1"} <= renamed.keys() and not any(renamed.values())
-
-
-def test_an_old_state_loses_its_name_before_it_is_removed(small_data, tmp_path, monkeypatch):
-    removed, rmtree = [], shutil.rmtree
-
-    def watched(path, *args, **settings):
-        if path.is_dir() and path.parent.name == "state":
-            removed.append(path.name)
+    def watched_rmtree(path, *args, **settings):
+        removed.extend([path.name] if path.is_dir() else [])
         rmtree(path, *args, **settings)
 
-    monkeypatch.setattr(shutil, "rmtree", watched)
+    monkeypatch.setattr(os, "fsync", lambda file: on_disk.add(os.readlink(f"/proc/self/fd/{file}")))
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    monkeypatch.setattr(shutil, "rmtree", watched_rmtree)
     train("--epochs", 1, "--save-every", 2, "--data", small_data, "--out", tmp_path / "run")
+    assert {"step-2", "step-4", "epoch-1"} <= not_on_disk.keys()
+    assert not any(not_on_disk.values())
     assert {"step-2.partial", "step-4.partial"} <= set(removed)
     assert all(name.endswith(".partial") for name in removed)
 
@@ -222,21 +192,21 @@ def test_an_old_state_loses_its_name_before_it_is_removed(small_data, tmp_path, 
     ],
 )
 def test_a_signal_ends_a_run_with_a_state_and_a_second_one_at_once(
-    signals, target, count, code, state, step, start, undisturbed, tmp_path
+    signals, target, count, code, state, step, run, undisturbed, tmp_path
 ):
     out = tmp_path / "run"
-    log = start(out, strike=(target, count, send, *signals))[1](code)
+    log = run(out, code=code, strike=(target, count, send, *signals))
     assert states(out) == [state] and count_lines(out / "metrics.jsonl") == step
     assert "Traceback" not in log
-    assert_ends_with_the_same_bytes(start, out, undisturbed)
+    assert_ends_with_the_same_bytes(run, out, undisturbed)
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_a_signal_to_one_of_two_processes_ends_both_with_a_state(zero, start, reference, tmp_path):
+def test_a_signal_to_one_of_two_processes_ends_both_with_a_state(zero, run, reference, tmp_path):
     out, strike = tmp_path / "run", ("common.Refill.next_step", 6, send, signal.SIGTERM)
-    start(out, "--zero", zero, processes=2, strike=strike)[1](143, 143)
+    run(out, "--zero", zero, processes=2, strike=strike, code=143)
     assert states(out) == [6] and count_lines(out / "metrics.jsonl") == 6
-    start(out, "--zero", zero, processes=2)[1](0, 0)
+    run(out, "--zero", zero, processes=2)
     assert_same_run(out, reference)
 
 
@@ -258,14 +228,14 @@ def limit_files(size):
     ],
 )
 def test_what_cannot_be_written_costs_nothing_but_time(
-    target, count, size, folder, state, start, undisturbed, tmp_path
+    target, count, size, folder, state, run, undisturbed, tmp_path
 ):
     out = tmp_path / "run"
-    log = start(out, strike=(target, count, limit_files, size))[1](2)
+    log = run(out, code=2, strike=(target, count, limit_files, size))
     message, *_ = log.partition("error: ")[2].splitlines()
     assert str(out / folder) in message and str(out / f"state/step-{state}") in message
     assert states(out) == [state] and "Traceback" not in log
-    assert_ends_with_the_same_bytes(start, out, undisturbed)
+    assert_ends_with_the_same_bytes(run, out, undisturbed)
 
 
 # ---- What --resume and --overwrite take

@@ -44,12 +44,11 @@ def make_tokenizer(post="<s> $A", eos="</s>"):
 @pytest.mark.parametrize(
     "post, eos, prompt_ids",
     [
-        ("<s> $A", "</s>", [0, 2, 3]),
         ("<s> $A </s>", "</s>", [0, 2, 3]),
         ("$A </s>", "</s>", [2, 3]),
         ("<s> $A", "<s>", [0, 2, 3]),
     ],
-    ids=["BOS", "BOS and EOS", "EOS alone", "BOS is EOS"],
+    ids=["BOS and EOS", "EOS alone", "BOS is EOS"],
 )
 def test_no_token_crosses_the_boundary_and_eos_closes_the_completion(post, eos, prompt_ids, config):
     tokenizer = make_tokenizer(post, eos)
@@ -129,7 +128,7 @@ def test_extraction(template, text, answer):
 # ---- Packed log-probabilities
 
 PACKABLE = ["Llama", "GPT2", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text", "Phi3", "GPTNeoX"]
-MIXING = ["OPT", "Bloom", "Mamba", "FalconH1"]
+MIXING = ["Bloom", "Mamba"]
 SIZES = {  # those that an architecture does not have, it ignores
     "vocab_size": 118,
     "hidden_size": 32,
@@ -141,10 +140,6 @@ SIZES = {  # those that an architecture does not have, it ignores
     "initializer_range": 0.3,
     "tie_word_embeddings": True,
     "pad_token_id": 0,
-    "word_embed_proj_dim": 32,
-    "mamba_d_ssm": 64,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
 }
 
 

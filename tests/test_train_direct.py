@@ -123,17 +123,6 @@ def test_cross_entropy_uses_every_example_and_never_scores(small_data, tmp_path,
     assert all(step["mean_factor"] == 1 for step in steps)
 
 
-def test_data_smaller_than_a_batch_make_one_step_and_another_checkpoint_each_epoch(
-    small_data, tmp_path
-):
-    rows, out = read_lines(small_data / "train.jsonl"), tmp_path / "run"
-    data = write_rows(tmp_path / "data", train=rows[:40])
-    train("--batch-size", 64, "--epochs", 4, "--data", data, "--out", out)
-    assert [step["accepted"] for step in read_lines(out / "metrics.jsonl")] == [40] * 4
-    files = [(out / f"epoch-{k}/model.safetensors").read_bytes() for k in range(1, 5)]
-    assert len(set(files)) == 4
-
-
 def test_dco_keeps_the_coverage_that_cross_entropy_loses(small_data, tmp_path):
     """The paper's finding: confidence grows, and pass@4096 falls, with cross-entropy only."""
     rows = read_lines(small_data / "train.jsonl")
@@ -212,16 +201,14 @@ def test_presets_and_what_overrides_them(monkeypatch):
     assert train_direct.parse_args([]) == paper
 
 
-BAD = [
-    *("--n-prime 0.99", "--n-prime nan", "--n-prime inf"),
-    *("--factor-threshold 1", "--factor-threshold -0.1", "--checkpoint-at 1"),
-    *("--batch-size 0", "--micro-batch-tokens 0", "--save-every 0", "--lr -1", "--prompt x"),
-    *("--model ./no/folder", "--model examples/arithmetic", "--model meta-llama/Meta-Llama-3-8B"),
-    *("--data no/folder", "--data examples", "--zero 2"),
-]
-
-
-@pytest.mark.parametrize("flags", BAD)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("--n-prime 0.99", "--n-prime nan", "--factor-threshold 1", "--checkpoint-at 1"),
+        *("--batch-size 0", "--lr -1", "--prompt x", "--zero 2"),
+        *("--model ./no/folder", "--model examples/arithmetic", "--data no/folder"),
+    ],
+)
 def test_bad_arguments_are_refused_before_anything_is_written(flags, tmp_path, capsys):
     """The message names the flag or its value."""
     out = tmp_path / "run"
