@@ -46,15 +46,16 @@ class Injected:
         self.step += 1
         self.events.append(("update",))
 
-    def seeds(self):
-        """{(id, step): the seeds that it was sampled with}."""
-        found = {}
-        for event in self.events:
-            if event[0] == "generate":
-                _, ids, _, seeds, step = event
-                for i, seed in zip(ids, seeds, strict=True):
-                    found.setdefault((i, step), set()).add(seed)
-        return found
+    def assert_sampled_afresh(self, steps):
+        """New weights once a step; what a step did not use is sampled anew, with another seed."""
+        assert self.events.count(("update",)) == len(steps)
+        seeds = {}
+        for _, ids, _, seeds_of_ids, step in (event for event in self.events if len(event) > 1):
+            for i, seed in zip(ids, seeds_of_ids, strict=True):
+                seeds.setdefault((i, step), set()).add(seed)
+        assert all(len(of_one) == 1 for of_one in seeds.values())
+        assert len(set.union(*seeds.values())) == len(seeds)
+        assert len(seeds) > sum(step["candidates"] for step in steps)
 
 
 def use_plain_sgd(monkeypatch):

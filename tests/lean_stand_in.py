@@ -81,11 +81,6 @@ THEOREMS = {  # state: {tactic: outcome}; the first state is the theorem's own
     "flaky_death": {ONE: {"rfl": once(die, DONE, "flaky_death")}},
     "flaky_hang": {ONE: {"rfl": once(hang, DONE, "flaky_hang")}},
     "start_solved": {ONE: {}},
-    "start_flaky": {ONE: {}},
-}
-STARTS = {  # what comes before the first state
-    "start_solved": DONE,
-    "start_flaky": once(die, ONE, "start_flaky"),
 }
 
 
@@ -105,8 +100,8 @@ def lean(file):
     name = Path(file).read_text()
     with open(f"{os.environ[FOLDER]}/pids", "a") as pids:
         pids.write(f"{os.getpid()} {name}\n")
-    first = next(iter(THEOREMS[name]))
-    states = [settle(STARTS.get(name, first), first, 0)]
+    first = DONE if name == "start_solved" else next(iter(THEOREMS[name]))
+    states = [settle(first, first, 0)]
     for line in sys.stdin:
         request = json.loads(line)  # a line that the terminal has cut ends the process
         state, tactic = states[request["sid"]], request["cmd"]

@@ -25,6 +25,13 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def plain_log_probs(model, prompt_ids, completion_ids):
+    """log p of each token of a completion, with nothing of common.py."""
+    ids = torch.tensor([[*prompt_ids, *completion_ids]])
+    log_p = model(ids, use_cache=False).logits[0, len(prompt_ids) - 1 : -1].log_softmax(-1)
+    return log_p.gather(-1, torch.tensor(completion_ids)[:, None])[:, 0]
+
+
 def write_rows(folder, **splits):
     """Write a data folder: one file of JSON lines for each split."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +82,7 @@ def small_data(tmp_path_factory):
 def reference(small_data, tmp_path_factory):
     """A run of one process."""
     out = tmp_path_factory.mktemp("reference") / "run"
-    train(*FLAGS, "--data", small_data, "--out", out)
+    train(*FLAGS, "--save-every", 4, "--data", small_data, "--out", out)
     steps = read_lines(out / "metrics.jsonl")
     shares = [step["accepted"] / step["candidates"] for step in steps]
     assert min(shares) < 2 / 3 < max(shares), "both ways of refilling"

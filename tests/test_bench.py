@@ -34,22 +34,3 @@ def test_every_row_measures_both_sides(tmp_path, capsys):
 @pytest.mark.parametrize("arguments, named", [(["tea"], "tea"), (["--device", "cuda"], "GPU")])
 def test_what_cannot_be_measured_is_refused(arguments, named, capsys):
     assert run(*arguments) == 2 and named in capsys.readouterr().err
-
-
-def test_a_row_that_fails_or_is_skipped_leaves_the_others(monkeypatch, tmp_path, capsys):
-    def broken(args):
-        raise ValueError("it broke")
-
-    def missing(args):
-        bench.need("a_package_that_nobody_has")
-
-    def fine(args):
-        yield bench.compare("x", ([1.0], [2.0]), "s", "other")
-
-    monkeypatch.setattr(bench, "ROWS", {"broken": broken, "missing": missing, "fine": fine})
-    assert run("--out", tmp_path / "out.json") == 1
-    results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert [result["row"] for result in results] == ["broken", "missing", "fine"]
-    printed = capsys.readouterr().out
-    assert "failed: ValueError: it broke" in printed and "skipped" in printed
-    assert "| fine: x | 1 s | 2 s, other | **2x** |" in printed

@@ -6,7 +6,6 @@ import sys
 import time
 from collections import Counter
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,11 +15,6 @@ from small_runs import TINY_LLAMA, read_lines
 from test_sampling import said, z_of_chi_squared
 
 import common
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    return common.make_accelerator()
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +37,14 @@ def model_of(seed, tokenizer, noise=0.0, tied=False):
 # vLLM with the trainer's weights
 
 
-def test_after_an_update_the_engine_says_what_the_trainer_says(
-    engines, accelerator, tokenizer, prompts
-):
+def test_after_an_update_the_engine_says_what_the_trainer_says(engines, tokenizer, prompts):
     """Later updates meet an engine that has keys and values of earlier weights; a tied head."""
     heard, long = [], (prompts[0] * 99)[:220]  # blocks of 128 tokens are kept
     for seed, noise, tied in ((0, 0.0, False), (1, 0.05, False), (1, 0.06, False), (2, 0.05, True)):
         model = model_of(seed, tokenizer, noise, tied)
         engines.update_weights(model)
         heard.append(said(engines.generate([*prompts, long], 1, 24)))
-        sampler = common.TransformersSampler(accelerator, model, tokenizer)
+        sampler = common.TransformersSampler(engines.accelerator, model, tokenizer)
         assert heard[-1] == said(sampler.generate([*prompts, long], 1, 24))
     for one, other in itertools.pairwise(heard):
         assert sum(a != b for a, b in zip(one, other, strict=True)) >= 4, "stale ones would show"
@@ -119,35 +111,6 @@ def test_all_weights_are_sent_once_a_tied_head_included(chunk_bytes, tokenizer):
     expected = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= sent.keys()
     torch.testing.assert_close(sent, expected, rtol=0, atol=0)
-
-
-def test_on_gpus_an_engine_is_told_the_handles_of_all_processes(tokenizer, monkeypatch):
-    """The arguments of vLLM's worker, with a second process made up."""
-    engines = common.VLLMEngines.__new__(common.VLLMEngines)
-    engines.accelerator = SimpleNamespace(device="cuda")
-    gpu, gather = (
-        SimpleNamespace(uuid="a"),
-        lambda mine: mine + [[{"b": one["a"]} for one in mine[0]]],
-    )
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    monkeypatch.setattr(common, "reduce_tensor", lambda weight: (None, weight.shape))
-    monkeypatch.setattr(common.accelerate.utils, "gather_object", gather)
-    chunk = [("one", torch.zeros(2, 3)), ("two", torch.zeros(4, dtype=torch.bfloat16))]
-    assert engines._export(chunk) == {
-        "names": ["one", "two"],
-        "dtype_names": ["float32", "bfloat16"],
-        "shapes": [[2, 3], [4]],
-        "ipc_handles": [dict.fromkeys("ab", weight.shape) for _, weight in chunk],
-    }
-
-
-def test_without_vllm_a_checkpoint_is_sampled_by_transformers(accelerator, tokenizer, monkeypatch):
-    monkeypatch.setattr(common, "find_spec", lambda name: None)
-    args = SimpleNamespace(engine="auto")
-    sampler = common.make_sampler(args, accelerator, TINY_LLAMA, tokenizer, 256)
-    assert isinstance(sampler, common.TransformersSampler)
-    assert len(sampler.generate([[5, 6]], 3, 5, [1])[0]) == 3
 
 
 # Two processes under ZeRO-3, until their engine is killed

@@ -1,8 +1,6 @@
 """The grader: answers of the kinds that MATH has, texts that want to hurt it, a busy machine."""
 
 import os
-import subprocess
-import sys
 import time
 from itertools import pairwise
 
@@ -114,28 +112,14 @@ KINDS = {
 }  # fmt: skip
 RIGHT = {kind: [(row[0], one) for row in rows for one in row[1]] for kind, rows in KINDS.items()}
 WRONG = {kind: [(row[0], one) for row in rows for one in row[2]] for kind, rows in KINDS.items()}
-ALL = [pair for pairs in [*RIGHT.values(), *WRONG.values()] for pair in pairs]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_answer_is_right_in_whatever_way_it_is_written(grader, kind):
-    verdicts = zip(RIGHT[kind], grader.grade(RIGHT[kind]), strict=True)
-    assert [pair for pair, right in verdicts if not right] == []
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_another_answer_or_an_operation_left_to_carry_out_is_wrong(grader, kind):
-    verdicts = zip(WRONG[kind], grader.grade(WRONG[kind]), strict=True)
-    assert [pair for pair, right in verdicts if right] == []
-
-
-def test_an_answer_is_right_with_large_fractions_and_brackets_and_in_dollar_signs(grader):
-    golds = {gold for gold, _ in ALL if r"\left" not in gold}
-    pairs = [(gold, gold.replace(r"\frac", r"\dfrac")) for gold in golds]
-    pairs += [(gold, gold.replace("(", r"\left(").replace(")", r"\right)")) for gold in golds]
-    pairs += [(gold, form.format(gold)) for gold in golds for form in (" $ {} $ ", "${}$.")]
-    verdicts = zip(pairs, grader.grade(pairs), strict=True)
-    assert [pair for pair, right in verdicts if not right] == []
+def test_an_answer_is_right_in_whatever_way_it_is_written_and_another_is_wrong(grader, kind):
+    """So is an operation that is left to carry out."""
+    for pairs, expected in ((RIGHT[kind], True), (WRONG[kind], False)):
+        verdicts = zip(pairs, grader.grade(pairs), strict=True)
+        assert [pair for pair, right in verdicts if right != expected] == []
 
 
 def test_a_problem_is_no_answer_to_itself(grader):
@@ -182,40 +166,15 @@ def grader_of_one():
     grader.close()
 
 
-@pytest.fixture
-def asked(grader_of_one, monkeypatch):
-    """The pairs that the process of `grader_of_one` is asked for from now on, in their order."""
-    pairs, schedule = [], grader_of_one[0].pool.schedule
-
-    def record(function, args=(), **more):
-        pairs.append(tuple(args))
-        return schedule(function, args=args, **more)
-
-    monkeypatch.setattr(grader_of_one[0].pool, "schedule", record)
-    return pairs
-
-
-def test_a_pair_is_graded_once(grader_of_one, asked):
-    grader, pair = grader_of_one[0], (r"\sqrt{20}", r"2\sqrt{5}")
-    assert grader.grade([pair] * 3) + grader.grade([pair]) == [True] * 4
-    assert asked == [pair]
-
-
-def parsed_before():
-    return common.parse_latex_cached.cache_info().currsize
-
-
 ENDLESS = (r"\sqrt{7}", "7^{7^{7^{7}}}")  # one operation in C, which no signal handler interrupts
 
 
-def test_a_pair_that_runs_out_of_time_is_tried_again_alone_and_counted(grader_of_one, asked):
+def test_a_pair_that_runs_out_of_time_is_wrong_and_counted(grader_of_one):
     grader, process = grader_of_one
     others = [(r"\sqrt{28}", r"2\sqrt{7}"), (r"\sqrt{63}", r"3\sqrt{7}")]
     assert grader.grade([ENDLESS, *others]) == [False, True, True]
-    assert asked == [ENDLESS, *others, ENDLESS]
     assert grader.timeouts == 1
     assert grader.pool.schedule(os.getpid).result() != process
-    assert grader.pool.schedule(parsed_before).result() > 0  # the new process starts warm
 
 
 def allocate(size):
@@ -225,13 +184,6 @@ def allocate(size):
 def test_memory_of_a_grading_process_is_bounded(grader_of_one):
     future = grader_of_one[0].pool.schedule(allocate, [5 << 30])
     assert isinstance(future.exception(), MemoryError)
-
-
-def test_a_broken_pool_is_an_error_and_not_wrong_answers(grader_of_one):
-    grader, _ = grader_of_one
-    grader.pool.stop()
-    with pytest.raises(RuntimeError):
-        grader.grade([(r"\sqrt{44}", r"2\sqrt{11}")])
 
 
 def sleep_before_parsing():
@@ -244,17 +196,3 @@ def test_a_pair_has_three_seconds_of_the_processor_and_not_of_the_clock(grader_o
     grader.pool.schedule(sleep_before_parsing).result()  # twice for a pair
     assert grader.grade([(r"\sqrt{52}", r"2\sqrt{13}")]) == [True]
     assert grader.pool.schedule(os.getpid).result() == process  # it was not killed
-
-
-def test_verdicts_are_the_same_on_a_busy_machine(grader):
-    expected, before = [*grader.grade(ALL), False], grader.timeouts
-    grader.verdicts.clear()
-    spin = [sys.executable, "-c", "while True: pass"]
-    loops = [subprocess.Popen(spin) for _ in range(2 * os.cpu_count())]
-    try:
-        assert grader.grade([*ALL, ENDLESS]) == expected
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
-    assert grader.timeouts == before + 1

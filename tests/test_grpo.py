@@ -6,7 +6,7 @@ import pytest
 import torch
 from injected import Injected, spell, sums, use_plain_sgd
 from safetensors.torch import load_file
-from small_runs import TINY_LLAMA, read_lines, refused, write_rows
+from small_runs import TINY_LLAMA, plain_log_probs, read_lines, refused, write_rows
 from test_refill import steps_by_definition
 
 import common
@@ -52,9 +52,9 @@ def drawing(rows, tokenizer, right):
     def draw(i, step, n):
         k, answer = right(i, step), f" </think> <answer> {rows[i]['answer']} </answer>"
         texts = [(" 1=1", " so", "")[j % 3] + answer for j in range(k)]
-        wrong = (" </think> <answer> -1 </answer>", " 1+1=2 so </think> <answer> 0", "2")
+        wrong = (" </think> <answer> -1 </answer>", f" 1+1=2 {answer} <answer>", f" {answer}")
         texts += [wrong[j % 3] for j in range(n - k)]
-        return [spell(tokenizer, text, end=text != "2") for text in texts]
+        return [spell(tokenizer, text, end=text != wrong[2]) for text in texts]
 
     return draw
 
@@ -95,8 +95,7 @@ def test_a_step_is_the_equation_written_out(k, more, with_rollouts, monkeypatch,
         c = right[i]
         for j, completion in enumerate(draw(i, 0, n)):
             advantage = (j < c) - c / n if k == 1 else (j < c) * 2 * (n - c) / (n - 1)
-            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-            chosen = logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None]).sum()
+            chosen = plain_log_probs(model, prompt, completion).sum()
             loss = loss - advantage * chosen / n / 3
             if advantage:
                 tokens, log_pi = [*tokens, len(completion)], log_pi + chosen.item()
@@ -132,54 +131,15 @@ def test_unbalanced_groups_are_replaced_by_the_next_of_the_stream(k, with_rollou
         counts = [right(i, number) for i in seen]
         assert step["all_wrong"] == counts.count(0)
         assert step["reward"] == pytest.approx(sum(counts) / len(counts) / n)
-    # New weights once a step; what a step did not use is sampled anew, with other seeds.
-    assert sampler.events.count(("update",)) == len(steps)
-    seeds = sampler.seeds()
-    assert all(len(of_one) == 1 for of_one in seeds.values())
-    assert len(set.union(*seeds.values())) == len(seeds) > sum(step["candidates"] for step in steps)
-
-
-def test_only_the_right_answer_in_exactly_the_format_is_rewarded(with_rollouts, tokenizer):
-    texts = {
-        " 1+5=6 </think> <answer> 6 </answer>": (1, 1),  # reward, format
-        " 6 </think> so <answer>6</answer> ": (1, 1),
-        " </think> <answer> 6.0 </answer>": (1, 1),  # by the grader, not as a string
-        " </think> <answer> 7 </answer>": (0, 1),
-        " 6 <answer> 6 </answer>": (0, 0),
-        " </think> <answer> 6 </answer> <answer> 6 </answer>": (0, 0),
-        " </think> </think> <answer> 6 </answer>": (0, 0),
-        " <answer> 6 </answer> </think>": (0, 0),
-        " </think> <answer> </answer>": (0, 0),
-        " </think> \\boxed{6}": (0, 0),
-    }
-    rollouts = [spell(tokenizer, text) for text in texts]
-    rollouts.append(spell(tokenizer, " </think> <answer> 6 </answer>", end=False))  # cut
-    flags = ["--rollouts", len(rollouts), "--batch-size", 1]
-    rows = [{"problem": "1+5=", "answer": "6"}]
-    out, _ = with_rollouts(rows, lambda i, step, n: rollouts, *flags)
-    (metrics,) = read_lines(out / "metrics.jsonl")
-    rewards, formats = zip(*texts.values(), strict=True)
-    assert metrics["reward"] == pytest.approx(sum(rewards) / len(rollouts)) and sum(rewards) == 3
-    assert metrics["format_rate"] == pytest.approx(sum(formats) / len(rollouts))
+    sampler.assert_sampled_afresh(steps)
 
 
 # The script as a user runs it
 
 
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
-def test_a_run_from_a_checkpoint_that_knows_the_format(
-    engine, warm_start, tmp_path, one_grader, monkeypatch, request
-):
+def test_a_run_from_a_checkpoint_that_knows_the_format(warm_start, tmp_path, one_grader):
     (checkpoint, data), out = warm_start, tmp_path / "run"
-    if engine == "vllm":
-        engines = request.getfixturevalue("engines")
-
-        def make_sampler(args, accelerator, checkpoint, tokenizer, max_length, model):
-            engines.update_weights(model)
-            return engines
-
-        monkeypatch.setattr(common, "make_sampler", make_sampler)
-    flags = ["--model", checkpoint, "--data", data, "--engine", engine, "--batch-size", 4]
+    flags = ["--model", checkpoint, "--data", data, "--engine", "transformers", "--batch-size", 4]
     flags += ["--max-new-tokens", 40, "--max-steps", 3, "--eval-problems", 4, "--eval-n", 16]
     train_grpo.main([str(flag) for flag in [*flags, "--lr", 0.01, "--out", out]])
     steps = read_lines(out / "metrics.jsonl")
@@ -197,16 +157,3 @@ def test_an_epoch_without_a_balanced_group_ends_with_the_remedy(with_rollouts, t
     draw = drawing(sums(20), tokenizer, lambda i, step: 0)
     message = refused(capsys, with_rollouts, sums(20), draw, "--batch-size", 4)
     assert "train_cot_dcoa.py" in message
-
-
-@pytest.mark.parametrize(
-    "flags, word",
-    [
-        (["--rollouts", "1"], "--rollouts"),
-        (["--rollouts", "8", "--pass-k", "9"], "--pass-k"),
-        (["--batch-size", "0"], "--batch-size"),
-        ([*FLAGS, "--max-new-tokens", "2048"], "--max-new-tokens"),
-    ],
-)
-def test_what_cannot_be_is_refused(flags, word, capsys, tmp_path):
-    assert word in refused(capsys, train_grpo.main, [*flags, "--out", str(tmp_path / "run")])

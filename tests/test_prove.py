@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,14 +160,6 @@ def test_the_papers_estimate_counts_what_had_ended_in_time():
     assert prove.unbiased(result, 1) == pytest.approx(3 / 4)
 
 
-def test_the_unbiased_estimate_leaves_out_the_last_block_whichever_it_was():
-    """4 s in common, 3 s and 5 s their own: either may have been the last at 10 s."""
-    first = {"passes": 4, "successes": 1, "own": 3.0, "clock": 7.0}
-    blocks = [first, {"passes": 4, "successes": 2, "own": 5.0, "clock": 12.0}]
-    for limit, expected in ((10.0, (2 / 4 + 1 / 4) / 2), (8.0, 1 / 4), (13.0, 3 / 8)):
-        assert prove.unbiased({"blocks": blocks, "limit": limit}, 1) == pytest.approx(expected)
-
-
 def test_a_block_far_over_the_limit_is_given_up_and_the_limit_grows_with_the_passes():
     tree = {"r": {"a": (0, "r"), "b": (0, "DONE")}}
     sample = saying([["a", "a", "a", "b"]], *[[["a"] * 3]] * 9)
@@ -254,21 +245,6 @@ def worker(lean, monkeypatch):
     assert running(os.environ, wait=100) == []
 
 
-@pytest.fixture
-def local(worker):
-    """`prove.Lean` before a worker of this process, and what it has been asked."""
-    asked = []
-
-    def do(method, theorem, items):
-        asked.append(items)
-        return worker.do(method, theorem, items)
-
-    actor = argparse.Namespace(do=argparse.Namespace(remote=do))
-    ray = argparse.Namespace(get=lambda answer, timeout: answer)
-    ray.exceptions = argparse.Namespace(RayError=OSError)
-    return prove.Lean(ray, argparse.Namespace(remote=lambda: actor), (), 1.0), asked
-
-
 def kinds(outcomes):
     return [kind for kind, *_ in outcomes]
 
@@ -303,46 +279,41 @@ def test_a_sorry_proves_nothing(worker, lean):
     assert kinds(replay(worker, lean["one_step"], [("sorry",)])) == ["error"]  # were it tried
 
 
-def test_what_breaks_is_tried_once_more_alone(local, lean):
-    one, asked = local
-    calls = [((), "rfl"), ((), "simp"), ((), "die"), (("skip",), "rfl"), ((), "skip")]
-    outcomes = one.do("apply", lean["hanging"], calls)
-    assert kinds(outcomes) == ["proved", "timeout", "crash", "proved", "open"]
-    assert asked == [calls, calls[1:2], calls[2:], calls[2:3], calls[3:]]
-    assert (one.events["timeout"], one.events["crash"]) == (2, 2)
-    assert outcomes[1][2] >= 4  # both tries, of 2 s each, are the theorem's time
-
-
-def test_a_request_ends_after_a_while(local, lean, monkeypatch):
+def test_a_request_ends_after_a_while(worker, lean, monkeypatch):
     """Else the worker would seem to hang. The clock goes on by 1 s with each look at it."""
-    one, asked = local
     calls = [((), f"skip {i}") for i in range(9)]
     with monkeypatch.context() as patch:
         patch.setattr(prove.time, "monotonic", itertools.count().__next__)
-        assert kinds(one.do("apply", lean["one_step"], calls)) == ["open"] * 9
-    assert len(asked) == 2
-
-
-def test_what_fails_once_is_proved(local, lean):
-    one, _ = local
-    for name in ("flaky_death", "flaky_hang"):
-        assert kinds(one.do("apply", lean[name], [((), "skip"), ((), "rfl")]))[1] == "proved"
-    assert kinds(one.do("enter", lean["start_flaky"], [()])) == ["open"]
-    Path(os.environ["LEAN_STAND_IN"], "flaky_death").unlink()
-    found = replay(one, lean["flaky_death"], [("skip", "rfl"), ("simp",)])
-    assert kinds(found) == ["proved", "error"] and one.events["crash"] == 3
-    assert kinds(one.do("enter", lean["start_solved"], [()])) == ["crash"]
+        assert kinds(worker.do("apply", lean["one_step"], calls)) == ["open"] * 5
 
 
 # ---- Through Ray ---------------------------------------------------------------------------------
-def test_a_worker_that_dies_or_hangs_is_replaced(ray_session, tmp_path):
+@pytest.fixture
+def lean_of(ray_session):
+    """A function that returns a `prove.Lean` of an environment."""
     actor = ray_session.remote(prove.LeanWorker).options(num_cpus=0)
-    lean = prove.Lean(ray_session, actor, ("toy_dojo:Dojo", 1.0, 1.0, 1), patience=600.0)
-    calls = [((), "step"), ((), f"die_once {tmp_path}/died"), (("step",), "step"), ((), "die")]
+    return lambda dojo: prove.Lean(ray_session, actor, (dojo, 2.0, 300.0, 1), patience=600.0)
+
+
+def test_what_breaks_is_tried_once_more(lean_of, lean):
+    one = lean_of("stand_in_dojo:Dojo")
+    calls = [((), "rfl"), ((), "simp"), ((), "die"), (("skip",), "rfl"), ((), "skip")]
+    outcomes = one.do("apply", lean["hanging"], calls)
+    assert kinds(outcomes) == ["proved", "timeout", "crash", "proved", "open"]
+    assert (one.events["timeout"], one.events["crash"]) == (2, 2)
+    assert outcomes[1][2] >= 4  # both tries, of 2 s each, are the theorem's time
+    for name in ("flaky_death", "flaky_hang"):
+        assert kinds(one.do("apply", lean[name], [((), "skip"), ((), "rfl")]))[1] == "proved"
+    assert kinds(one.do("enter", lean["start_solved"], [()])) == ["crash"]
+
+
+def test_a_worker_that_dies_or_hangs_is_replaced(lean_of):
+    lean = lean_of("toy_dojo:Dojo")
+    calls = [((), "step"), (("step",), "step"), ((), "die")]
     calls += [(("step", "step"), "step"), ((), "raise"), ((), "half_a_pair"), ((), "nothing")]
     found = kinds(lean.do("apply", toy("toy_3"), calls))
-    assert found == ["open", "open", "open", "crash", "proved", "crash", "crash", "error"]
-    lean.patience = 10.0
+    assert found == ["open", "open", "crash", "proved", "crash", "crash", "error"]
+    lean.patience = 3.0
     assert kinds(lean.do("apply", toy("toy_3"), [((), "hang")])) == ["timeout"]
     lean.patience = 600.0
     ((kind, states, _),) = replay(lean, toy("toy_3"), [("step",) * 3])
@@ -364,7 +335,7 @@ def test_a_killed_worker_leaves_no_lean_behind(ray_session, lean):
     assert running(os.environ, "hanging", wait=300) == []
 
 
-def test_an_ensemble_on_the_embedded_theorems(ray_session, tmp_path, capsys):
+def test_an_ensemble_on_the_embedded_theorems(ray_session, tmp_path):
     """With models that were trained a little. Proofs are proofs of the states that they name."""
     theorems = json.loads((ROOT / "examples/propositional/train.json").read_text())
     short = [one for one in theorems if 1 <= len(one["traced_tactics"]) <= 2]
@@ -378,17 +349,16 @@ def test_an_ensemble_on_the_embedded_theorems(ray_session, tmp_path, capsys):
     flags = ["--preset", "laptop", "--model", four, one, "--ensemble", "--baseline", one]
     flags += ["--theorems", f"{tmp_path}/short.json", "--out", f"{tmp_path}/out", "--passes", "64"]
     prove.main([*flags, "--max-steps", "6", "--workers", "2"])
-    results = [prove.read_results(path) for path in tmp_path.glob("out/*.jsonl")]
-    assert sorted(found[0]["asked"] for found in results) == [64, 64, 128]
-    assert any(0 < result["successes"] < 64 for found in results for result in found)
-    for result in (result for found in results for result in found if result["proof"]):
+    files = [prove.read_results(path) for path in tmp_path.glob("out/*.jsonl")]
+    assert sorted(results[0]["asked"] for results in files) == [64, 64, 128]
+    results = list(itertools.chain(*files))
+    assert any(0 < result["successes"] < 64 for result in results)
+    for result in results:
         dojo, state = Dojo(short[result["id"]]).__enter__()
         for step in result["proof"]:
             assert state.pp == step["state_before"]
             state = dojo.run_tac(state, step["tactic"])
-        assert isinstance(state, ProofFinished)
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows[1:3]] == [f"| {one}", f"| {four}"]
+        assert isinstance(state, ProofFinished) or not result["proof"]
 
 
 # ---- prove.py as a whole; the model is a table of tactics ----------------------------------------
@@ -455,7 +425,7 @@ def test_a_finished_run_is_reported_again_and_other_settings_are_refused(
     assert [theorem["full_name"] for theorem in again] == ["start_solved"]
     for name, value in (("passes", "32"), ("seed", "1"), ("dojo", "toy_dojo:Dojo")):
         flags = [*scripted, "--out", str(whole_run), f"--{name}", value]
-        assert name in refused(capsys, prove.main, flags)
+        assert "another" in refused(capsys, prove.main, flags)
 
 
 def test_kill_9_loses_and_doubles_no_theorem(

@@ -1,6 +1,5 @@
 """Refill against the definition of a step, restated plainly, and what it costs."""
 
-import itertools
 import math
 import random
 
@@ -138,17 +137,3 @@ def test_a_step_costs_at_most_five_percent_more_than_the_cheaper_way(share):
                 seen = trainer.computed(step.seen)
                 cheaper += min(seen + k * len(step.ids), k * seen)
             assert trainer.cost <= 1.05 * cheaper, (k, batch_size, processes)
-
-
-def test_rounds_hold_every_example_once_within_the_token_budget():
-    rng = random.Random(0)
-    for _ in range(1000):
-        ids = rng.sample(range(500), rng.randint(1, 90))
-        processes, tokens = rng.choice([1, 2, 3, 8]), rng.choice([1, 60, 256, 1000, 10**9])
-        rounds = common.make_rounds(ids, length, processes, tokens)
-        assert sorted(itertools.chain(*rounds)) == sorted(ids)
-        for one in rounds:
-            for share in (one[rank::processes] for rank in range(processes)):
-                assert sum(map(length, share)) <= tokens or len(share) == 1
-        for one, other in itertools.pairwise(rounds):  # they would not fit together
-            assert sum(map(length, one[::processes])) + length(other[0]) > tokens

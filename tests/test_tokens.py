@@ -1,15 +1,12 @@
 """Templates, token boundaries, packed log-probabilities, and loading of problems."""
 
 import json
-import runpy
-import shutil
-import sys
 
 import datasets
 import pytest
 import torch
 import transformers
-from small_runs import ROOT, TINY_LLAMA, refused, write_rows
+from small_runs import TINY_LLAMA, plain_log_probs, refused, write_rows
 from tokenizers import Tokenizer, models, processors
 
 import common
@@ -156,20 +153,15 @@ def examples(tokenizer, config):
     return common.encode(rows, tokenizer, config, "direct")[0]
 
 
-def plain_log_prob(model, example):
-    """log p of one example by itself, EOS included, with nothing of common.py."""
-    ids = torch.tensor([example.prompt_ids + example.completion_ids])
-    log_p = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-    return log_p.gather(1, ids[0, 1:, None])[len(example.prompt_ids) - 1 :].sum()
-
-
 @pytest.mark.parametrize("architecture", PACKABLE)
 def test_packed_log_probs_and_gradients_are_those_of_each_example_alone(architecture, examples):
     model = make_model(architecture)
     weights = torch.tensor([1.0, -0.5, 2.0, 0.3])
     packed = common.log_probs(model, examples)
     assert packed.dtype == torch.float32 and packed.shape == (4,)
-    alone = torch.stack([plain_log_prob(model, example) for example in examples])
+    alone = torch.stack(
+        [plain_log_probs(model, one.prompt_ids, one.completion_ids).sum() for one in examples]
+    )
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
     gradients = []
     for log_p in (packed, alone):
@@ -198,20 +190,16 @@ def load(tmp_path, *rows):
     return common.load_problems(str(tmp_path), "train")
 
 
-def test_columns_are_mapped_and_a_list_of_one_is_its_element(tmp_path):
+def test_columns_are_mapped_and_answers_are_text_without_leading_zeros(tmp_path):
     raw = {"question": "1+1=", "final_answer": ["2"], "Solution": "easy", "level": "Level 5"}
     one, two, three = load(tmp_path, raw, {"problem": "x", "Answer": 2}, GOOD | {"answer": [2.5]})
     assert one.pop("source").endswith("train.jsonl:1")
     assert one == {"id": 0, "problem": "1+1=", "answer": "2", "solution": "easy", "level": 5}
     assert (two["answer"], three["answer"]) == ("2", "2.5")
+    zeros = load(tmp_path, *[GOOD | {"answer": one} for one in ("025", "000", "0.25", "x01")])
+    assert [row["answer"] for row in zeros] == ["25", "0", "0.25", "x01"]
     assert common.load_problems(str(tmp_path), "test", required=False) == []
     assert len(common.load_problems(str(tmp_path / "train.jsonl"), "test")) == 3
-
-
-def test_leading_zeros_of_a_whole_number_are_dropped(tmp_path):
-    answers = {"025": "25", "000": "0", "0.25": "0.25", "0": "0", "x01": "x01"}
-    rows = load(tmp_path, *[GOOD | {"answer": answer} for answer in answers])
-    assert [row["answer"] for row in rows] == list(answers.values())
 
 
 @pytest.mark.parametrize("field", ["answer", "problem"])
@@ -258,19 +246,3 @@ def test_data_sets_of_the_hub(monkeypatch, capsys):
     assert common.load_problems("user/aime", "test", required=False) == []  # while training on it
     assert "train" in refused(capsys, common.load_problems, "user/test-only", "train")
     assert "nobody/x" in refused(capsys, common.load_problems, "nobody/x", "train")
-
-
-# ---- The embedded data
-
-
-def test_generators_make_the_committed_files_byte_for_byte(tmp_path, monkeypatch):
-    arithmetic, llama = ROOT / "examples/arithmetic", ROOT / "examples/tiny_llama"
-    monkeypatch.setattr(sys, "argv", ["generate.py", "--out", str(tmp_path)])
-    runpy.run_path(str(arithmetic / "generate.py"), run_name="__main__")
-    copy = shutil.copy(llama / "generate.py", tmp_path)  # it writes beside itself
-    monkeypatch.setattr(sys, "argv", ["generate.py"])
-    runpy.run_path(copy, run_name="__main__")
-    made = [arithmetic / f"{split}.jsonl" for split in ("train", "test")]
-    made += [llama / f"{name}.json" for name in ("config", "tokenizer", "tokenizer_config")]
-    for path in made:
-        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path

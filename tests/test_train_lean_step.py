@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -80,12 +79,10 @@ def proof_run(data, tmp_path_factory):
     return out, train(out, *PROOF, "--data", data, "--micro-batch-tokens", 64)
 
 
-def test_whole_proofs_by_hand(data, proof_run, tokenizer):
+def test_whole_proofs_by_hand(data, proof_run, tokenizer, tiny_model):
     """F of the product of a proof's p, the first 12 of the stream with F >= 0.3, Σ F Σ NLL."""
-    model = common.load_model("examples/tiny_llama", tokenizer, seed=0)
-    config = common.load_config("examples/tiny_llama")
-    rows = train_lean_step.load_steps([data])
-    examples, _ = common.encode(rows, tokenizer, config, "lean")
+    model, rows = tiny_model, train_lean_step.load_steps([data])
+    examples, _ = common.encode(rows, tokenizer, model.config, "lean")
     by_proof = {}
     for row, example in zip(rows, examples, strict=True):
         by_proof.setdefault(row["proof"], []).append(example)
@@ -156,19 +153,9 @@ def test_extra_proofs_validation_and_what_a_checkpoint_says(tmp_path):
     assert 0 < summary["pass@1"] < summary["pass@64"] < 1
 
 
-@pytest.mark.parametrize(
-    "flags, word",
-    [
-        (["--data", "none.json"], "none.json"),
-        (["--data", "bad.json"], "bad.json"),
-        (["--data", "empty.json"], "no usable steps"),
-        (["--level", "proof"], "--n-prime"),
-        (["--n-eff", "0.5"], "--n-eff"),
-    ],
-)
-def test_what_is_refused(flags, word, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("bad.json").write_text('[{"full_name": "a", "traced_tactics": [{"tactic": "2"}]}]')
-    write_theorems(Path("empty.json"), [[]])
-    model = ["--model", str(ROOT / "examples/tiny_llama")]
-    assert word in refused(capsys, train_lean_step.main, [*model, *flags])
+@pytest.mark.parametrize("name", ["none.json", "bad.json", "empty.json"])
+def test_data_without_proofs_are_refused(name, tmp_path, capsys):
+    (tmp_path / "bad.json").write_text('[{"full_name": "a", "traced_tactics": [{"tactic": "2"}]}]')
+    write_theorems(tmp_path / "empty.json", [[]])
+    flags = [*TINY, "--data", str(tmp_path / name), "--out", str(tmp_path / "run")]
+    assert name in refused(capsys, train_lean_step.main, flags)

@@ -4,7 +4,6 @@ steps to go, as its text says; `step` takes one. A theorem starts with the numbe
 import os
 import time
 from collections import namedtuple
-from pathlib import Path
 
 TacticState = namedtuple("TacticState", "pp left")
 ProofFinished = namedtuple("ProofFinished", "")
@@ -25,17 +24,15 @@ class Dojo:
         return TacticState(f"{left} to go", left) if left else ProofFinished()
 
     def run_tac(self, state, tactic):
-        word, _, file = tactic.partition(" ")  # file: exists once it has happened
-        if word == "die" or (file and not Path(file).exists()):
-            Path(file or os.devnull).touch()
+        if tactic == "die":
             os._exit(1)
-        if word == "hang":
+        if tactic == "hang":
             time.sleep(1000)
-        if word == "raise":
+        if tactic == "raise":
             raise RuntimeError("no such luck")
-        if word == "half_a_pair":
+        if tactic == "half_a_pair":
             return TacticState("\ud83d", 1)
-        self.noted |= word == "note"
-        if word in ("step", "die_once"):
+        self.noted |= tactic == "note"
+        if tactic == "step":
             return self.state(state.left - 1)
-        return ProofFinished() if word == "if_noted" and self.noted else LeanError(tactic)
+        return ProofFinished() if tactic == "if_noted" and self.noted else LeanError(tactic)
