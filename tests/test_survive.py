@@ -118,7 +118,8 @@ def assert_ends_with_the_same_bytes(run, out, reference):
 
 
 KILLS = [  # the call before which a run is killed; each run resumes the one before
-    ("common.backward", 30),  # within a step
+    ("common.score", 2),  # within a step
+    ("common.backward", 30),
     ("torch.save", 2),  # a state half written
     ("os.fsync", 1),  # a state written, but not to the disk
     ("pathlib.Path.rename", 2),  # the first one is of args.json
@@ -127,7 +128,6 @@ KILLS = [  # the call before which a run is killed; each run resumes the one bef
     ("transformers.PreTrainedTokenizerBase.save_pretrained", 1),  # half a checkpoint
     ("common.evaluate_exactly", 1),
     ("torch.save", 5),
-    ("common.score", 2),
 ]
 
 
