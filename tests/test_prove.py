@@ -284,7 +284,8 @@ def test_a_request_ends_after_a_while(worker, lean, monkeypatch):
     calls = [((), f"skip {i}") for i in range(9)]
     with monkeypatch.context() as patch:
         patch.setattr(prove.time, "monotonic", itertools.count().__next__)
-        assert kinds(worker.do("apply", lean["one_step"], calls)) == ["open"] * 5
+        outcomes = worker.do("apply", lean["one_step"], calls)
+    assert 1 <= len(outcomes) < len(calls) and set(kinds(outcomes)) == {"open"}
 
 
 # ---- Through Ray ---------------------------------------------------------------------------------
