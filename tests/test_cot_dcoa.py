@@ -125,7 +125,6 @@ def test_a_step_is_the_first_accepted_of_the_stream_under_its_own_weights(with_s
         p = [right(i, number) / n_mc for i in seen]
         assert step["mean_p"] == pytest.approx(sum(p) / len(p))
         assert step["mean_factor"] == pytest.approx(sum(factor(64, q) for q in p) / len(p))
-        assert {"seconds_sampling", "seconds_grading", "seconds_training"} <= step.keys()
     sampler.assert_sampled_afresh(steps)
     # Few calls: a sampler is fastest if asked for many at once.
     assert sum(step["sampling_calls"] for step in steps[2:]) <= 1.5 * len(steps[2:])

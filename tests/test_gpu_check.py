@@ -31,7 +31,6 @@ def test_checks_pass_on_a_cpu(check, capsys):
     printed = capsys.readouterr().out
     for name in names:
         assert outcomes[name]["status"] == "ok" and f"{name}: ok: " in printed, printed
-    assert outcomes["direct"]["numbers"]["found"] > 1
 
 
 def test_the_study_trains_and_shows_its_table(check, tmp_path, capsys):

@@ -196,10 +196,10 @@ def test_columns_are_mapped_and_answers_are_text_without_leading_zeros(tmp_path)
     assert one.pop("source").endswith("train.jsonl:1")
     assert one == {"id": 0, "problem": "1+1=", "answer": "2", "solution": "easy", "level": 5}
     assert (two["answer"], three["answer"]) == ("2", "2.5")
-    zeros = load(tmp_path, *[GOOD | {"answer": one} for one in ("025", "000", "0.25", "x01")])
-    assert [row["answer"] for row in zeros] == ["25", "0", "0.25", "x01"]
     assert common.load_problems(str(tmp_path), "test", required=False) == []
     assert len(common.load_problems(str(tmp_path / "train.jsonl"), "test")) == 3
+    zeros = load(tmp_path, *[GOOD | {"answer": one} for one in ("025", "000", "0.25", "x01")])
+    assert [row["answer"] for row in zeros] == ["25", "0", "0.25", "x01"]
 
 
 @pytest.mark.parametrize("field", ["answer", "problem"])
