@@ -602,9 +602,13 @@ def log_probs(model, examples, temperature=1.0):
     logits = output.logits[0].float()
     if temperature != 1:
         logits = logits / temperature
-    chosen = logits.gather(-1, token_ids[predicting + 1, None]).squeeze(-1)
-    token_log_probs = chosen - logits.logsumexp(-1)
-    return token_log_probs.new_zeros(len(examples)).index_add(0, owner, token_log_probs)
+    by_token = token_log_probs(logits, token_ids[predicting + 1])
+    return by_token.new_zeros(len(examples)).index_add(0, owner, by_token)
+
+
+def token_log_probs(logits, targets):
+    """log p of each target: logits [K, V], targets [K] -> [K]. examples/rivals.py replaces it."""
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def check_packing(accelerator, model, examples):

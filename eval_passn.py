@@ -1,6 +1,7 @@
 """Measure pass@N coverage of checkpoints, exactly and from samples, and draw the paper's figures.
 
     python eval_passn.py runs/direct-n1/epoch-24 runs/direct-n64/epoch-24     # exact, no sampling
+    python eval_passn.py runs/direct-n1 runs/direct-n64 --validate 0.4        # early stopping
     python eval_passn.py runs/cot-n1/epoch-8 runs/cot-n64/epoch-8 --n 64 --ns 1,16,64
     accelerate launch eval_passn.py runs/direct-n64/epoch-4 --n 4096          # 8 GPUs
 
@@ -9,18 +10,18 @@ pass@N is the probability that at least one of N independent samples is right (E
     exact     1 - (1 - p)^N,  p = p̂(y|x) of the reference answer; for direct answers
     sampled   1 - C(n-c, N) / C(n, N)  from n samples of a problem, of which c are right
 
-Prints tables of coverage, of its errors, and of differences from the first checkpoint on the same
-problems. Writes passn-<data>.json and, by the paper's numbers:
+Prints tables of coverage, of its errors, and of differences from the first row, problem by problem.
+With --validate, the epoch of each run is chosen, for each N, on validation problems, and reported
+on the others beside the last epoch. Writes passn-<data>.json and, by the paper's numbers:
 
     Tables 1, 3, 4, 5     Table 3 with --n 1024 --ns 1,16,64; 5: --data HuggingFaceH4/aime_2024
     Figures 1, 3, 7, 9    confidence-<data>.png: in the greedy answer; in the most frequent (3)
     Figures 2a, 6, 8, 10  passn-<data>.png; with --temperature 0.7,1,1.3,2 a curve for each
     Figure 2b             --figure 2b: F(N, p) over p
     Figure 4              --figure 4 RUN ...: discarded samples by step
-    Figure 5              --figure 5 CHECKPOINT ...: test loss along a step on data of each level
+    Figures 5, 13         examples/by_level.py
     Figure 11             --figure 11: the bounds of Lemmas 4.2 and 4.3
     Figure 12             --figure 12 CHECKPOINT ...: accuracy by rank of confidence
-    Figure 13             --figure 13 CHECKPOINT ...: confidence and F on data of each level
 """
 
 import argparse
@@ -42,14 +43,21 @@ def numbers(text):
     return [float(number) for number in text.split(",")]
 
 
+def share_or_file(text):
+    if not Path(text).is_file() and not 0 < float(text) < 1:
+        raise ValueError
+    return text
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoints", nargs="*", metavar="CHECKPOINT", help="folder or hub name")
-    add("--figure", choices=["2b", "4", "5", "11", "12", "13"], help="draw this figure")
+    add("checkpoints", nargs="*", metavar="CHECKPOINT", help="folder, run (all epochs) or hub name")
+    add("--figure", choices=["2b", "4", "11", "12"], help="draw this figure")
     add("--data", help="folder, file of JSON lines or hub name (default: the training data's)")
+    add("--validate", type=share_or_file, metavar="SHARE|FILE", help="choose epochs on it")
     add("--ns", type=numbers, help="N of the table (default: 1,16,256,4096 up to --n)")
     add("--temperature", type=numbers, default=[1.0], help="one or several (default: 1, p̂ itself)")
     add("--micro-batch-tokens", type=int, default=4096 if torch.cuda.is_available() else 512)
@@ -89,12 +97,13 @@ def main(argv=None):
         return
 
     # -------- checkpoints and data are checked before the first model is loaded
-    records = [read_record(checkpoint, args) for checkpoint in args.checkpoints]
+    checkpoints = [one for path in args.checkpoints for one in epochs_of(path)]
+    records = [read_record(checkpoint, args) for checkpoint in checkpoints]
     data = {record["data"] for record in records}
     if len(data) > 1 or "unknown data" in data or (not args.data and Path(*data).is_file()):
         common.fail(f"trained on {', '.join(data)}: say with --data what to evaluate on")
     args.data = data.pop()
-    rows = common.load_problems(args.data, "test")
+    rows, reported = split(common.load_problems(args.data, "test"), args)
     golds = [row["answer"] for row in rows]
     args.name = Path(args.data).name.removesuffix(".jsonl")
 
@@ -102,21 +111,42 @@ def main(argv=None):
     accelerator = common.make_accelerator()
     grader = common.Grader(min(os.cpu_count(), 8)) if accelerator.is_main_process else None
     results = []
-    for checkpoint, record in zip(args.checkpoints, records, strict=True):
+    for checkpoint, record in zip(checkpoints, records, strict=True):
         for temperature in args.temperature:
             result = measure(args, accelerator, checkpoint, record, temperature, rows)
-            results.append(common.on_main(accelerator, grade, result, results, golds, grader, args))
+            inputs = result, golds, grader, reported, args
+            results.append(common.on_main(accelerator, grade, *inputs))
 
     # -------- report
     if accelerator.is_main_process:
         report = {"arguments": vars(args), "grading_timeouts": getattr(grader, "timeouts", 0)}
         grader.close()
-        print_tables(results, args)
+        validated, last = choose_epochs(results, reported) if args.validate else ([], results)
+        compare([*validated, *results], reported)
+        print_tables([*validated, *last], reported.sum(), args)
         print(f"\nanswers that took too long to grade, counted wrong: {report['grading_timeouts']}")
         path = args.out / f"passn-{args.name}.json"
-        path.write_text(json.dumps(report | {"checkpoints": results}, default=str) + "\n")
-        print("\nwrote", ", ".join(map(str, [path, *draw_results(results, args)])))
+        report |= {"validated": validated, "checkpoints": results}
+        path.write_text(json.dumps(report, default=str) + "\n")
+        print("\nwrote", ", ".join(map(str, [path, *draw_results(validated, last, args)])))
     accelerator.end_training()
+
+
+def epochs_of(path):
+    """Return the checkpoints of a run in order, or the checkpoint itself."""
+    epochs = [one for one in Path(path).glob("epoch-*") if one.name[6:].isdigit()]
+    return sorted(map(str, epochs), key=lambda one: int(one.rpartition("-")[2])) or [path]
+
+
+def split(rows, args):
+    """Return all problems, and for each whether it is reported: bool [problems]. The others, a
+    random share of the rows or the rows of another file, only choose the epoch (--validate)."""
+    if args.validate and Path(args.validate).is_file():
+        others = common.load_problems(args.validate, "test")
+        reported = np.arange(len(rows) + len(others)) < len(rows)
+        return [row | {"id": i} for i, row in enumerate([*rows, *others])], reported
+    order = np.random.default_rng(args.seed).permutation(len(rows))
+    return rows, order >= float(args.validate or 0) * len(rows)
 
 
 def read_record(checkpoint, args):
@@ -229,8 +259,8 @@ def sample(args, accelerator, tokenizer, examples, result):
 
 
 # ---- Summaries -----------------------------------------------------------------------------------
-def grade(result, earlier, golds, grader, args):
-    """Grade a result's answers, average over the problems, and compare with the first result."""
+def grade(result, golds, grader, reported, args):
+    """Grade a result's answers, and add pass@N of each problem as result[kind][N]["values"]."""
     samples, direct = result.pop("samples", []), result["template"] == "direct"
     result["right"] = []
     for gold, counts in zip(golds, samples, strict=bool(args.n)):
@@ -247,19 +277,48 @@ def grade(result, earlier, golds, grader, args):
         for rank in range(1, 17):
             answers = [dict(enumerate(ranked, 1)).get(rank) for ranked in result["ranked"]]
             right = grader.grade(list(zip(golds, answers, strict=True)))
-            result["ranks"][rank] = common.mean_and_interval(100 * np.array(right))
+            result["ranks"][rank] = common.mean_and_interval(100 * np.array(right)[reported])
 
     for kind in ["exact"] * direct + ["sampled"] * bool(args.n):
         result[kind] = {}
         for n in sorted({*args.ns, *(2**i for i in range(args.ns[-1].bit_length()))}):
-            values = coverage(result, kind, n)
-            result[kind][n] = common.mean_and_interval(values)
+            epoch = Path(result["checkpoint"]).name
+            result[kind][n] = {"values": coverage(result, kind, n), "epoch": epoch}
             if kind == "sampled":
-                result[kind][n]["error"] = sampling_error(args.n, result["right"], n)
-            first = next((one for one in earlier if kind in one), result)
-            difference = common.mean_and_interval(values - coverage(first, kind, n))
-            result[kind][n] |= {f"{name}_difference": one for name, one in difference.items()}
+                right = np.array(result["right"])[reported]
+                result[kind][n]["error"] = sampling_error(args.n, right, n)
     return result
+
+
+def choose_epochs(results, reported):
+    """For each run, choose for each N the epoch with the best pass@N on the validation problems,
+    those that are not reported. Returns (a result of these epochs, the last epoch's) by run."""
+    runs, chosen = {}, []
+    for result in results:
+        run = os.path.dirname(result["checkpoint"]), result["temperature"]
+        runs.setdefault(run, []).append(result)
+    for (run, temperature), epochs in runs.items():
+        name = f"{run}, validated" + (f", T = {temperature:g}" if temperature != 1 else "")
+        chosen.append({"name": name})
+        for kind in {"exact", "sampled"} & epochs[0].keys():
+            chosen[-1][kind] = {}
+            for n in epochs[0][kind]:
+                means = [epoch[kind][n]["values"][~reported].mean() for epoch in epochs]
+                chosen[-1][kind][n] = dict(epochs[int(np.argmax(means))][kind][n])
+    return chosen, [epochs[-1] for epochs in runs.values()]
+
+
+def compare(results, reported):
+    """Average over the reported problems, and compare with the first result on the same ones."""
+    for kind in ("exact", "sampled"):
+        measured = [result[kind] for result in results if kind in result]
+        first = {n: one["values"][reported] for n, one in measured[0].items()} if measured else {}
+        for estimates in measured:
+            for n, estimate in estimates.items():
+                values = estimate.pop("values")[reported]
+                estimate |= common.mean_and_interval(values)
+                difference = common.mean_and_interval(values - first[n])
+                estimate |= {f"{name}_difference": one for name, one in difference.items()}
 
 
 def coverage(result, kind, n):
@@ -286,9 +345,9 @@ def sampling_error(n, c, k, resamples=500):
     return 100 * float(np.sqrt(((first - second) ** 2 / 2).mean(0).sum()) / len(c))
 
 
-def print_tables(results, args):
+def print_tables(results, problems, args):
     """Print coverage, its 95 % intervals, and differences from the first result, in percent."""
-    narrow = " (too narrow: fewer than 100)" if len(results[0]["answer"]) < 100 else ""
+    narrow = " (too narrow: fewer than 100)" if problems < 100 else ""
     for kind, how in (("exact", "exact"), ("sampled", f"{args.n} samples")):
         measured = {result["name"]: result[kind] for result in results if kind in result}
         error = ", samples ± {error:.2f}" if kind == "sampled" else ""
@@ -297,6 +356,8 @@ def print_tables(results, args):
         if len(measured) > 1:
             title = f"less {next(iter(measured))}, paired{narrow}"
             tables[title] = "{pass_difference:+.1f} [{low_difference:+.1f}, {high_difference:+.1f}]"
+        if args.validate:
+            tables["epoch"] = "{epoch}"
         for title, cell in tables.items() if measured else []:
             print(f"\n| {title}, {how} | " + " | ".join(f"pass@{n}" for n in args.ns) + " |")
             print("|---" * (len(args.ns) + 1) + "|")
@@ -340,11 +401,11 @@ def draw(panels, path):
     return path
 
 
-def draw_results(results, args):
+def draw_results(validated, results, args):
     """Draw coverage, confidence and, with --figure 12, ranks. Returns the files' paths."""
-    figures = {}
+    figures, rows = {}, [*validated, *results]
     for kind in ("exact", "sampled"):
-        curves = {result["name"]: curve_of(result[kind]) for result in results if kind in result}
+        curves = {result["name"]: curve_of(result[kind]) for result in rows if kind in result}
         ticks = [4**i for i in range(20) if 4**i <= args.ns[-1]]
         axes = {"xscale": "log", "xticks": ticks, "xticklabels": ticks, "ylim": (0, 100)}
         axes |= {"xlabel": "N (samples per problem)", "ylabel": f"pass@N (%), {kind}"}
@@ -408,82 +469,7 @@ def figure_11(args):
     return [{"axes": axes | {"ylabel": "largest confidence"}, "curves": curves}]
 
 
-def unseen_by_level(args):
-    """For each checkpoint within the first epoch, yield (title, accelerator, model, {level:
-    training examples that it has not seen}, test examples)."""
-    accelerator = common.make_accelerator()
-    for checkpoint in args.checkpoints:
-        record = read_record(checkpoint, args)
-        if "seen_ids" not in record:
-            common.fail(f"{checkpoint} was not saved by train_direct.py --checkpoint-at")
-        tokenizer, seen = common.load_tokenizer(checkpoint), set(record["seen_ids"])
-        settings = tokenizer, common.load_config(checkpoint), "direct", record["prompt"]
-        rows = common.load_problems(record["data"], "train")
-        train, _ = common.encode(rows, *settings)
-        test, _ = common.encode(common.load_problems(record["data"], "test"), *settings)
-        levels = {}
-        for example in sorted(train, key=lambda example: rows[example.id]["level"]):
-            if example.id not in seen:
-                levels.setdefault(rows[example.id]["level"], []).append(example)
-        title = f"{Path(checkpoint).name}, {len(seen):,} of {len(rows):,} seen"
-        yield title, accelerator, load(checkpoint, tokenizer, accelerator), levels, test
-
-
-def level_panel(title, ylabel, points, **axes):
-    """points: [(level, middle, low, high)]."""
-    axes |= {"title": title, "xlabel": "difficulty level", "ylabel": ylabel}
-    return {"axes": axes | {"xticks": [point[0] for point in points]}, "curves": {"": points}}
-
-
-def gradient(model, examples, n, tokens):
-    """Return the gradient of Σ ℓ_DCO^n over the examples: a tensor for each parameter."""
-    model.zero_grad()  # the tensors returned before stay as they are
-    for ids in common.make_rounds(range(len(examples)), lambda i: len(examples[i]), 1, tokens):
-        log_p = common.log_probs(model, [examples[i] for i in ids])
-        common.dco_loss(log_p, n).sum().backward()
-    return [parameter.grad for parameter in model.parameters()]
-
-
-def along_step(test_gradient, model, batch, tokens):
-    """Return the derivative of the test loss along a step of cross-entropy, g = -Σ ∇ℓ_CE."""
-    step = gradient(model, batch, 1, tokens)
-    products = [(a.float() * b.float()).sum() for a, b in zip(test_gradient, step, strict=True)]
-    return -sum(products).item()
-
-
-def figure_5(args, n=256):
-    """∇_g of the test loss Σ ℓ_DCO^n along steps of cross-entropy on unseen data, by level. Where
-    it is below 0, such data lower the test loss. Per example; mean ± deviation over batches."""
-    panels, tokens = [], args.micro_batch_tokens
-    for title, _, model, levels, test in unseen_by_level(args):
-        test_gradient, points = gradient(model, test, n, tokens), []
-        size = max(1, min(64, min(map(len, levels.values())) // 4))  # four batches or more
-        for level, unseen in levels.items():
-            starts = range(0, len(unseen) - size + 1, size)[:16]
-            batches = [unseen[start : start + size] for start in starts]
-            found = [along_step(test_gradient, model, batch, tokens) / size for batch in batches]
-            mean, deviation = float(np.mean(found)), float(np.std(found))
-            points.append((level, mean, mean - deviation, mean + deviation))
-        ylabel = rf"$\nabla_g$ of the test loss, N = {n}"
-        panels.append(level_panel(f"{title},\nbatches of {size}", ylabel, points))
-    return panels
-
-
-def figure_13(args, n=256):
-    """Confidence and F by level on unseen training data: the median and the quartiles."""
-    panels = []
-    for title, accelerator, model, levels, _ in unseen_by_level(args):
-        p, factor = [], []
-        for level, unseen in levels.items():
-            log_p = common.score(accelerator, model, unseen, args.micro_batch_tokens).cpu()
-            for points, values in ((p, log_p.exp()), (factor, common.dco_factor(log_p, n))):
-                points.append((level, *np.quantile(values, [0.5, 0.25, 0.75]).tolist()))
-        panels.append(level_panel(title, "p(y|x), quartiles", p, yscale="log"))
-        panels.append(level_panel(title, f"F({n}, p), quartiles", factor, ylim=(0, 1.02)))
-    return panels
-
-
-FIGURES = {"2b": figure_2b, "4": figure_4, "5": figure_5, "11": figure_11, "13": figure_13}
+FIGURES = {"2b": figure_2b, "4": figure_4, "11": figure_11}
 
 
 if __name__ == "__main__":

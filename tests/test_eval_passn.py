@@ -138,7 +138,10 @@ def test_confidence_is_the_share_of_all_answers_equal_to_the_most_frequent(grade
     ]
     result = {"template": "cot", "n": 10, "samples": samples}
     args = eval_passn.parse_args(["checkpoint", "--n", "10", "--ns", "1,10", "--figure", "12"])
-    result = eval_passn.grade(result, [], [r"\frac12", "3", "4"], grader, args)
+    result |= {"checkpoint": "runs/cot/epoch-1", "temperature": 1.0}
+    reported = np.array([True] * 3)
+    result = eval_passn.grade(result, [r"\frac12", "3", "4"], grader, reported, args)
+    eval_passn.compare([result], reported)
     assert result["answer"] == ["0.5", None, None] and result["confidence"] == [0.5, 0, 0]
     assert result["answer_right"] == [True, False, False] and result["right"] == [5, 0, 0]
     assert result["sampled"][1]["pass"] == pytest.approx(100 * 5 / 30)
@@ -159,6 +162,37 @@ def test_a_problem_that_is_too_long_is_unsolved(checkpoint, one_grader, tmp_path
     expected = 100 * np.mean(1 - (1 - p) ** 16)
     assert result["exact"]["16"]["pass"] == pytest.approx(expected)
     assert result["sampled"]["1"]["pass"] == pytest.approx(100 * sum(result["right"]) / 4 / 64)
+
+
+@pytest.mark.parametrize("kind", ["share", "file"])
+def test_each_epoch_is_chosen_on_problems_that_are_not_reported(
+    kind, cross_entropy_run, data, one_grader, tmp_path, capsys
+):
+    run, share = cross_entropy_run[0], tmp_path / "others.jsonl"
+    lines = (ROOT / "examples/arithmetic/test.jsonl").read_text().splitlines(keepends=True)
+    share.write_text("".join(lines[100:140]))
+    flags = [run, "--data", data, "--validate", "0.4" if kind == "share" else share]
+    epochs = evaluate(*flags, "--ns", "1,16,256,4096", out=tmp_path / "out")
+    (chosen,) = json.loads((tmp_path / "out/passn-some.json").read_text())["validated"]
+    table = tables(capsys.readouterr().out)
+    assert [epoch["checkpoint"] for epoch in epochs] == [f"{run}/epoch-1", f"{run}/epoch-2"]
+    log_p = np.array([epoch["log_p"] for epoch in epochs])  # [epochs, problems]
+    problems = log_p.shape[1]
+    assert problems == (100 if kind == "share" else 140)
+    if kind == "share":
+        reported = np.random.default_rng(0).permutation(problems) >= 40
+    else:
+        reported = np.arange(problems) < 100
+    for i, n in enumerate((1, 16, 256, 4096)):
+        values = 100 * (1 - (1 - np.exp(log_p)) ** n)
+        best = int(values[:, ~reported].mean(1).argmax())
+        expected = values[best, reported].mean()
+        assert chosen["exact"][str(n)]["epoch"] == f"epoch-{best + 1}"
+        assert chosen["exact"][str(n)]["pass"] == pytest.approx(expected)
+        first, last = table["pass@N in percent, exact"].values()
+        assert first[i] == f"{expected:.1f}" and last[i] == f"{values[1, reported].mean():.1f}"
+        gain = epochs[1]["exact"][str(n)]["pass_difference"]  # paired, of the last epoch
+        assert gain == pytest.approx((values[1] - values[best])[reported].mean(), abs=1e-9)
 
 
 @pytest.fixture
@@ -251,7 +285,7 @@ def test_two_processes_find_what_one_finds(cross_entropy_run, data, one_grader, 
         (["./no/such/folder"], "--data"),
         (["--data", "./nothing/here"], "./nothing/here"),
         (["examples/tiny_llama"], "no weights"),
-        (["--figure", "5"], "--checkpoint-at"),
+        (["--validate", "1.5"], "--validate"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(arguments, told, checkpoint, capsys, tmp_path):

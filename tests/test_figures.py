@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import common
 import eval_passn
+from examples import by_level
 
 
 def measure(*arguments):
@@ -31,9 +32,9 @@ def test_the_derivative_along_a_step_is_that_of_finite_differences(cross_entropy
     rows = common.load_problems(str(ROOT / "examples/arithmetic"), "test")[:48]
     examples, _ = common.encode(rows, tokenizer, model.config, "direct")
     n, batch, test = 256, examples[:8], examples[8:]
-    test_gradient = eval_passn.gradient(model, test, n, tokens=100)
-    found = eval_passn.along_step(test_gradient, model, batch, tokens=64)
-    step = [-g for g in eval_passn.gradient(model, batch, 1, tokens=10_000)]
+    test_gradient = by_level.gradient(model, test, n, tokens=100)
+    found = by_level.along_step(test_gradient, model, batch, tokens=64)
+    step = [-g for g in by_level.gradient(model, batch, 1, tokens=10_000)]
     eta = 1e-3 / math.sqrt(sum((g**2).sum().item() for g in step))
 
     def test_loss_after(sign):
@@ -49,7 +50,7 @@ def test_the_derivative_along_a_step_is_that_of_finite_differences(cross_entropy
 
 def test_figure_5_has_the_mean_derivative_of_each_level(cross_entropy_run, tmp_path):
     early, late = cross_entropy_run[0] / "epoch-0.11", cross_entropy_run[0] / "epoch-0.86"
-    measure("--figure", 5, early, late, "--out", tmp_path)
+    by_level.main([str(early), str(late), "--out", str(tmp_path)])
     (of_early,), (of_late,) = curves(tmp_path / "figure-5.json")
     for points in (of_early, of_late):
         assert [level for level, *_ in points] == [1, 2, 3, 4, 5]
@@ -58,9 +59,15 @@ def test_figure_5_has_the_mean_derivative_of_each_level(cross_entropy_run, tmp_p
     assert (tmp_path / "figure-5.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_figure_5_needs_a_checkpoint_within_an_epoch(cross_entropy_run, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        by_level.main([str(cross_entropy_run[0] / "epoch-2"), "--out", str(tmp_path)])
+    assert "--checkpoint-at" in capsys.readouterr().err
+
+
 def test_figure_13_has_quartiles_of_p_and_f_on_unseen_data(cross_entropy_run, tokenizer, tmp_path):
     checkpoint = cross_entropy_run[0] / "epoch-0.86"
-    measure("--figure", 13, checkpoint, "--out", tmp_path)
+    by_level.main([str(checkpoint), "--out", str(tmp_path)])
     (confidence,), (factor,) = curves(tmp_path / "figure-13.json")
     seen = set(json.loads((checkpoint / "dco.json").read_text())["seen_ids"])
     rows = common.load_problems(str(ROOT / "examples/arithmetic"), "train")
