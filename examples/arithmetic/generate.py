@@ -2,7 +2,7 @@
 
     python examples/arithmetic/generate.py                  # the committed files
     python examples/arithmetic/generate.py --seed 1 --out DIR   # another draw
-    python examples/arithmetic/generate.py --wide --out DIR     # out of distribution, to evaluate on
+    python examples/arithmetic/generate.py --wide --out DIR     # out of distribution: a test set
 
 Each line is {"problem", "answer", "solution", "level"}: plain decimal numbers, no spaces in a
 problem, and a worked solution that ends in \\boxed{answer}. All problems are different, so none of
