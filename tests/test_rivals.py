@@ -1,6 +1,8 @@
-"""examples/rivals.py: gradients against closed forms, and that they reach the training."""
+"""examples/rivals.py: gradients against closed forms, and that they reach the training; the embedded
+arithmetic problems."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from conftest import ROOT
 
 import common
 from examples import rivals
+from examples.arithmetic.generate import generate
 
 
 def gradient(objective, strength):
@@ -60,3 +63,31 @@ def test_a_rival_trains_with_its_own_weight(rival, strength, tmp_path, monkeypat
     else:
         assert all(step["mean_factor"] == 1 for step in steps)
         assert steps[-1]["mean_ce"] < steps[0]["mean_ce"]
+
+
+def test_the_embedded_problems_are_the_generators():
+    for split, rows in zip(("train", "test"), generate(seed=0), strict=True):
+        lines = (ROOT / f"examples/arithmetic/{split}.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == rows
+
+
+# Kind of problem: (which of its numbers, the answer being the last; its largest in training)
+LARGEST = {
+    "#x+#=#": (3, 9),
+    "#+#=": (0, 29),
+    "#-#=": (0, 29),
+    "#*#=": (1, 99),
+    "#%#=": (0, 999),
+    "#^#%#=": (1, 40),
+    "s#^#=": (1, 20),
+    "#x^#-#x^#:#=": (4, 9),
+    "#x^#-#x^#:-#=": (4, 9),
+}
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_wide_problems_have_an_operand_beyond_those_of_training(wide):
+    for row in generate(seed=0, wide=wide)[1]:
+        which, largest = LARGEST[re.sub(r"\d+", "#", row["problem"])]
+        numbers = [*re.findall(r"\d+", row["problem"]), row["answer"]]
+        assert (int(numbers[which]) > largest) == wide, row["problem"]
