@@ -1,5 +1,5 @@
-"""examples/rivals.py: gradients against closed forms, and that they reach the training; the embedded
-arithmetic problems."""
+"""examples/rivals.py: gradients against closed forms, and that they reach the training; and the
+embedded arithmetic problems."""
 
 import json
 import re
