@@ -898,8 +898,10 @@ def most_frequent_answer(answers, grader):
     texts = [answer for answer, _ in Counter(answers).most_common() if answer is not None]
     best, most = None, 0
     for text in texts[:8]:
-        equal = grader.grade([(text, other) for other in texts])
-        count = sum(answers[other] for other, same in zip(texts, equal, strict=True) if same)
+        # Either must accept the other: 9^{99} is not compared with each of the plain numbers.
+        similar = [other for other in texts if verdict_at_sight(other, text) is not False]
+        equal = grader.grade([(text, other) for other in similar])
+        count = sum(answers[other] for other, same in zip(similar, equal, strict=True) if same)
         if count > most:
             best, most = text, count
     return best, most

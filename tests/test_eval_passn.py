@@ -149,6 +149,14 @@ def test_confidence_is_the_share_of_all_answers_equal_to_the_most_frequent(grade
     assert ranks == pytest.approx([0, 100 / 3, 100 / 3, 0])
 
 
+def test_a_sampled_power_is_not_computed_for_each_other_answer(grader):
+    before = grader.timeouts
+    answers = {"47652962^769883260001640800": 2} | {str(i): 1 for i in range(20)}
+    assert common.most_frequent_answer(answers, grader) == ("47652962^769883260001640800", 2)
+    assert common.most_frequent_answer({r"\sqrt{8}": 2, r"2\sqrt{2}": 2, "3": 3}, grader)[1] == 4
+    assert grader.timeouts == before
+
+
 def test_a_problem_that_is_too_long_is_unsolved(checkpoint, one_grader, tmp_path, capsys):
     lines = (ROOT / "examples/arithmetic/test.jsonl").read_text().splitlines()[:3]
     lines.insert(1, json.dumps({"problem": "1" * 2100, "answer": "2"}))
