@@ -381,7 +381,7 @@ def math_lengths(model, count):
 
 
 def padded_log_probs(model, examples, temperature=1.0):
-    """What common.log_probs returns, from a padded batch: prompts are padded on the left and
+    """Return log p as common.log_probs does, from a padded batch: prompts padded on the left and
     completions on the right, with logits for the completions' columns only."""
     prompts = [torch.tensor(one.prompt_ids) for one in examples]
     completions = [torch.tensor(one.completion_ids) for one in examples]

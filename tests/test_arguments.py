@@ -1,4 +1,4 @@
-"""What the training scripts refuse, and what their presets say."""
+"""Arguments that the training scripts refuse, and their presets."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What README.md says can be done, can be done."""
+"""The commands and the code of README.md run."""
 
 import re
 import shlex

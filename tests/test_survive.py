@@ -94,7 +94,7 @@ def contents(folder):
 
 
 def assert_whole(out, reference):
-    """What has its final name is complete."""
+    """A folder that has its final name is complete."""
     (finished,) = reference.glob("state/step-*")
     for step in states(out):
         assert contents(out / f"state/step-{step}").keys() == contents(finished).keys()

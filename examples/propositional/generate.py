@@ -119,7 +119,7 @@ def premises(formula):
 
 
 def tactics(goal):
-    """What may be a step of a shortest proof."""
+    """Return the tactics that may be a step of a shortest proof."""
     hypotheses = [(name, formula) for name, formula in goal.hypotheses.items() if formula != "Prop"]
     new = 1 + max((int(name[1:]) for name, _ in hypotheses), default=0)
     known = {unfold(formula): name for name, formula in hypotheses}
