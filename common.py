@@ -347,15 +347,18 @@ class Refill:
         return torch.stack([values[i] for i in ids])
 
 
-def make_rounds(ids, length, processes, tokens):
+def make_rounds(ids, length, processes, tokens, padded=False):
     """Split ids into rounds. In a round every process computes equally many examples, of like
-    lengths and of at most `tokens` tokens together, but at least one."""
-    ids, rounds, used = sorted(ids, key=length, reverse=True), [], inf
+    lengths and of at most `tokens` tokens together, but at least one. padded: each of them counts
+    as the longest of its round."""
+    ids, rounds, used, cost = sorted(ids, key=length, reverse=True), [], inf, 0
     for start in range(0, len(ids), processes):
-        used += length(ids[start])  # the longest of those that are dealt out, one to a process
+        if not padded:
+            cost = length(ids[start])  # the longest of those that are dealt out, one to a process
+        used += cost
         if used > tokens:
             rounds.append([])
-            used = length(ids[start])
+            used = cost = length(ids[start])
         rounds[-1] += ids[start : start + processes]
     return rounds
 
@@ -612,15 +615,17 @@ def token_log_probs(logits, targets):
 
 
 def check_packing(accelerator, model, examples):
-    """Refuse a model for which an example's log p̂ depends on what else stands in its row."""
+    """Refuse a model for which an example's log p̂ depends on what stands before it in its row."""
+    before, example = examples[0], examples[-1]
+    tokens, cut = [*before.prompt_ids, *before.completion_ids][::-1], len(before.prompt_ids)
+    other = Example(before.id, tokens[:cut], tokens[cut:])  # of the same shape: no rounding differs
     with torch.no_grad():
-        packed = log_probs(model, examples)
-        alone = torch.cat([log_probs(model, [example]) for example in examples])
+        one, two = (log_probs(model, [first, example])[1] for first in (before, other))
     tolerance = 5e-2 if accelerator.mixed_precision == "bf16" else 1e-4
-    same = torch.allclose(packed, alone, rtol=tolerance, atol=tolerance)
+    same = torch.allclose(one, two, rtol=tolerance, atol=tolerance)
     # A recurrent state runs on into the next example, at times by less than the tolerance.
     if not same or accelerator.unwrap_model(model)._is_stateful:
-        fail(f"this architecture mixes packed examples: log p {packed} packed, {alone} alone")
+        fail(f"this architecture mixes packed examples: log p {one:.6g} or {two:.6g} by neighbour")
 
 
 def gathered_log_probs(accelerator, model, examples, grad=False, temperature=1.0):
@@ -984,7 +989,10 @@ class TransformersSampler(Sampler):
         most = [count * (len(prompt) + max_new_tokens) for prompt, count, _ in requests]
         found, training = {}, self.model.training
         self.model.eval()
-        for ids in make_rounds(range(len(requests)), lambda i: most[i], world, self.tokens):
+        rounds = make_rounds(
+            range(len(requests)), most.__getitem__, world, self.tokens, padded=True
+        )
+        for ids in rounds:
             if share := ids[rank::world]:
                 batch = [requests[i] for i in share]
                 completions = self._sample_batch(batch, max_new_tokens, temperature)

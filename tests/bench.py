@@ -329,12 +329,13 @@ def tolerance(args):
 def packed(args):
     """Cross-entropy steps on lengths like MATH's: packed against padded micro-batches of eight, as
     they come in a step and sorted by length. The same examples, steps and losses."""
-    count, batch = (24, 12) if args.quick else (512, 64)
+    cuda = args.device == "cuda"
+    count, batch = (24, 12) if args.quick else (512, 64) if cuda else (96, 32)
     shape = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6}
     shape |= {"num_hidden_layers": 1 if args.quick else 6, "num_key_value_heads": 6, "head_dim": 64}
     model = args.model or make_model("math", **shape, max_position_embeddings=4096)
     data = write_problems(TEMPORARY / "math-lengths", math_lengths(model, count))
-    tokens = 4096 if args.device == "cuda" else 1024
+    tokens = 4096 if cuda else 1024
     flags = ["--model", model, "--data", data, "--n-prime", 1, "--lr", 1e-6]
     flags += ["--batch-size", batch, "--micro-batch-tokens", tokens, "--max-steps", count // batch]
     first_loss = {}
@@ -444,7 +445,8 @@ def micro_batch(args):
         flags = ["--model", model, "--data", problems(args), "--n-prime", 1, "--lr", 1e-6]
         flags += ["--batch-size", 64, "--max-steps", 3 if args.quick else 12]
         series = {}
-        for tokens in (64, 256, 512, 1024, 2048, 4096, *[16384] * (args.device == "cuda")):
+        sizes = (1024, 2048, 4096, 8192) if args.device == "cuda" else (64, 256, 512, 1024, 2048)
+        for tokens in sizes:
             lines = run_steps(train_direct, *flags, "--micro-batch-tokens", tokens)
             series[tokens] = 64 / median_after([line["whole"] for line in lines], 2)
         yield {"what": label, "series": series, "unit": "examples/s over tokens"}
