@@ -29,8 +29,3 @@ def test_every_row_measures_both_sides(tmp_path, capsys):
             assert min(result["series"].values()) > 0
         else:
             assert min(result[name] for name in ("ours", "theirs", "low", "high")) > 0
-
-
-@pytest.mark.parametrize("arguments, named", [(["tea"], "tea"), (["--device", "cuda"], "GPU")])
-def test_what_cannot_be_measured_is_refused(arguments, named, capsys):
-    assert run(*arguments) == 2 and named in capsys.readouterr().err

@@ -43,8 +43,7 @@ def test_exact_coverage_is_the_closed_form():
 
 
 def test_the_interval_over_problems_covers_at_its_level():
-    generator = np.random.default_rng(0)
-    hits = 0
+    hits, generator = 0, np.random.default_rng(0)
     for _ in range(400):
         interval = common.mean_and_interval(generator.binomial(1, 0.3, size=200), resamples=400)
         hits += interval["low"] <= 0.3 <= interval["high"]

@@ -119,10 +119,18 @@ def test_a_seed_decides_whatever_is_sampled_beside_it(sampler, prompts):
         said(sampler.generate(prompts, [30, 40, 50], 5, [seed, 1, 2])) for seed in (7, 7, 8)
     )
     assert first == again and first[0] != other[0] and first[1:] == other[1:]
-    (alone,) = said(sampler.generate(prompts[1:2], 40, 5, [1]))
-    assert alone == first[1]
+    assert said(sampler.generate(prompts[1:2], 40, 5, [1])) == first[1:2]
     sampler.tokens = 100  # a few samples at once
     assert said(sampler.generate(prompts, [30, 40, 50], 5, [7, 1, 2])) == first
+
+
+def test_a_batch_with_its_padding_keeps_to_its_tokens(sampler, prompts):
+    sampler.tokens, sizes = 100, []
+    sampler.model.register_forward_pre_hook(
+        lambda _, __, inputs: sizes.append(inputs["attention_mask"].numel()), with_kwargs=True
+    )
+    sampler.generate([prompts[1], *[prompts[2]] * 20], 1, 5)
+    assert max(sizes) <= 100
 
 
 def test_nothing_is_drawn_twice_in_several_requests(tiny_model, tokenizer, prompts):
