@@ -565,8 +565,9 @@ def load_model(model, tokenizer, dtype=torch.float32, seed=0, accelerator=None):
     return loaded
 
 
-def prepare_training(args, tokenizer, accelerator):
-    """Load the model and AdamW, wrapped for DDP or DeepSpeed."""
+def prepare_training(args, tokenizer, accelerator, train):
+    """Load the model and AdamW, wrapped for DDP or DeepSpeed. Refuses a model that cannot compute
+    packed examples, as train[:2] show."""
     # Plain: float32 weights and bf16 autocast. ZeRO: bf16 weights, float32 masters in DeepSpeed.
     zero = accelerator.state.deepspeed_plugin is not None
     dtype = torch.bfloat16 if zero and accelerator.device.type == "cuda" else torch.float32
@@ -574,7 +575,9 @@ def prepare_training(args, tokenizer, accelerator):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     settings = {"lr": args.lr, "betas": tuple(args.betas), "weight_decay": args.weight_decay}
-    return accelerator.prepare(model, torch.optim.AdamW(model.parameters(), **settings))
+    prepared = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), **settings))
+    check_packing(accelerator, prepared[0], train[:2])
+    return prepared
 
 
 def log_probs(model, examples, temperature=1.0):
@@ -616,7 +619,10 @@ def token_log_probs(logits, targets):
 
 def check_packing(accelerator, model, examples):
     """Refuse a model for which an example's log p̂ depends on what stands before it in its row."""
-    before, example = examples[0], examples[-1]
+    before, example = (
+        Example(one.id, one.prompt_ids, one.completion_ids or one.prompt_ids)
+        for one in (examples[0], examples[-1])
+    )
     tokens, cut = [*before.prompt_ids, *before.completion_ids][::-1], len(before.prompt_ids)
     other = Example(before.id, tokens[:cut], tokens[cut:])  # of the same shape: no rounding differs
     with torch.no_grad():

@@ -140,8 +140,7 @@ def main(argv=None):
     if longest > getattr(config, "max_position_embeddings", math.inf):
         common.fail(f"prompt and --max-new-tokens make {longest}, too many for {args.model}")
     accelerator = common.make_accelerator(args)
-    model, optimizer = common.prepare_training(args, tokenizer, accelerator)
-    common.check_packing(accelerator, model, train[:2])
+    model, optimizer = common.prepare_training(args, tokenizer, accelerator, train)
     accelerator.print(
         f"preset {args.preset}: {args.model} on {args.data}, {len(train):,} train (dropped: "
         f"{dropped or 'none'}), {len(test):,} test; N' = {args.n_prime:g}, {args.n_mc} traces, lr "

@@ -128,8 +128,7 @@ def main(argv=None):
     if not train:
         common.fail(f"--data {args.data}: no usable examples (dropped: {dropped})")
     accelerator = common.make_accelerator(args)
-    model, optimizer = common.prepare_training(args, tokenizer, accelerator)
-    common.check_packing(accelerator, model, train[:2])
+    model, optimizer = common.prepare_training(args, tokenizer, accelerator, train)
     accelerator.print(
         f"preset {args.preset}: {args.model} on {args.data}, {len(train):,} train (dropped: "
         f"{dropped or 'none'}), {len(test):,} test; N' = {args.n_prime:g}, lr {args.lr:g}, "

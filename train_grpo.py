@@ -141,9 +141,7 @@ def main(argv=None):
     if longest > getattr(config, "max_position_embeddings", math.inf):
         common.fail(f"prompt and --max-new-tokens make {longest}, too many for {args.model}")
     accelerator = common.make_accelerator(args)
-    model, optimizer = common.prepare_training(args, tokenizer, accelerator)
-    probes = [common.Example(0, example.prompt_ids, example.prompt_ids) for example in train[:2]]
-    common.check_packing(accelerator, model, probes)
+    model, optimizer = common.prepare_training(args, tokenizer, accelerator, train)
     accelerator.print(
         f"preset {args.preset}: {args.model} on {args.data}, {len(train):,} train (dropped: "
         f"{dropped or 'none'}), {len(test):,} test; {args.rollouts} roll-outs, K {args.pass_k}, lr "

@@ -151,8 +151,7 @@ def main(argv=None):
     if not candidates:
         common.fail(f"--data {args.data}: no usable steps (dropped: {dropped})")
     accelerator = common.make_accelerator(args)
-    model, optimizer = common.prepare_training(args, tokenizer, accelerator)
-    common.check_packing(accelerator, model, train[:2])
+    model, optimizer = common.prepare_training(args, tokenizer, accelerator, train)
     accelerator.print(
         f"preset {args.preset}: {args.model} on {args.data}, {len(candidates):,} {args.level}s "
         f"(dropped steps: {dropped or 'none'}); N' = {args.n_prime:g}, lr {args.lr:g}, "
