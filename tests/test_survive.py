@@ -171,7 +171,7 @@ def test_a_folder_has_its_name_while_all_of_it_is_on_the_disk(small_data, tmp_pa
     "signals, target, count, code, state, step",
     [
         ([signal.SIGTERM], "common.Refill.next_step", 6, 143, 6, 6),  # before a step
-        ([signal.SIGINT], "common.log_probs", 12, 130, 9, 9),  # within one
+        ([signal.SIGINT], "common.log_probs", 11, 130, 9, 9),  # within one
         ([signal.SIGTERM], "common.score", 10, 143, 15, 15),  # which scores: it begins anew
         ([signal.SIGTERM], "common.evaluate_exactly", 2, 143, 18, 18),
         ([signal.SIGTERM, signal.SIGTERM], "common.Refill.next_step", 6, -15, 4, 5),  # at once
