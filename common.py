@@ -623,8 +623,10 @@ def check_packing(accelerator, model, examples):
         Example(one.id, one.prompt_ids, one.completion_ids or one.prompt_ids)
         for one in (examples[0], examples[-1])
     )
-    tokens, cut = [*before.prompt_ids, *before.completion_ids][::-1], len(before.prompt_ids)
-    other = Example(before.id, tokens[:cut], tokens[cut:])  # of the same shape: no rounding differs
+    vocabulary = accelerator.unwrap_model(model).config.get_text_config().vocab_size
+    ids = [(token + 1) % vocabulary for token in before.prompt_ids + before.completion_ids]
+    cut = len(before.prompt_ids)
+    other = Example(before.id, ids[:cut], ids[cut:])  # of the same shape: no rounding differs
     with torch.no_grad():
         one, two = (log_probs(model, [first, example])[1] for first in (before, other))
     tolerance = 5e-2 if accelerator.mixed_precision == "bf16" else 1e-4
