@@ -545,6 +545,8 @@ def load_model(model, tokenizer, dtype=torch.float32, seed=0, accelerator=None):
     """Load pretrained weights, or draw random ones where the folder has only a configuration."""
     config, folder = load_config(model), Path(model)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.bin")):
+            fail(f"{model}: its weights must be in safetensors: save_pretrained() writes them")
         torch.manual_seed(seed)
         plugin = accelerator.state.deepspeed_plugin if accelerator else None
         if plugin:  # under ZeRO-3 each process would draw its shard differently: split afterwards
@@ -682,20 +684,22 @@ def score(accelerator, model, examples, tokens, temperature=1.0):
 
 # ---- Output folder, state, signals ---------------------------------------------------------------
 MAY_CHANGE = {"out", "resume", "overwrite", "save_every", "max_steps", "micro_batch_tokens",
-              "gradient_checkpointing", "report_to"}  # fmt: skip
+              "gradient_checkpointing", "report_to", "gpu_memory", "gpus_per_engine"}  # fmt: skip
 
 
 def check_out(args):
     """Refuse to overwrite a run, or to resume it with other arguments."""
-    path = args.out / "args.json"
+    path, states = args.out / "args.json", [*args.out.glob("state/step-*[0-9]")]
+    checkpoints = [*args.out.glob("epoch-[1-9]*"), *args.out.glob("step-*")]
     args.processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.resume and path.exists():
+    if args.resume and path.exists() and (states or not checkpoints):
         now, then = json.loads(json.dumps(vars(args), default=str)), json.loads(path.read_text())
         for name in sorted(now.keys() - MAY_CHANGE):
             if now[name] != then.get(name):
                 fail(f"--resume: {name} was {then.get(name)} and is {now[name]} now")
-    elif path.exists() and not args.overwrite:
-        fail(f"{args.out} holds a run: use --resume, --overwrite or another --out")
+    elif not args.overwrite and (path.exists() or states or checkpoints):
+        resume = "its state is missing: use" if args.resume else "use --resume,"
+        fail(f"{args.out} holds a run; {resume} --overwrite or another --out")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -718,7 +722,8 @@ class Run:
     """A training run's output folder: args.json, metrics.jsonl, epochs.jsonl, checkpoints, state/.
 
     state/step-<k> holds all that --resume needs, as accelerate writes it. SIGTERM and Ctrl-C end
-    the run after the current step, or within its scoring, with a state and exit code 128 + signal.
+    the run after the current step, or within its scoring, with a state and exit code 128 + signal
+    (Ctrl-\\ at once). A checkpoint of an epoch has a state beside it, unless that is removed.
 
         with Run(args, accelerator, model, tokenizer, refill, record) as run:
             ...
@@ -768,8 +773,7 @@ class Run:
         return self
 
     def on_signal(self, number, frame):
-        Run.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+        Run.stop_signal = number  # a launcher may send it once more
 
     def next_step(self, score, forward):
         """As `Refill.next_step`; a step that a signal cuts short begins anew after --resume."""
@@ -793,8 +797,11 @@ class Run:
     def log(self, path, line):
         """Append a line to a file of the run, and send its numbers to the tracker."""
         if self.accelerator.is_main_process:
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                self.fail_to_write(path, error)
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=self.step)
 
@@ -811,6 +818,15 @@ class Run:
                 for old in set(folder.parent.glob("step-*")) - {folder}:
                     unnamed = old.rename(old.with_suffix(".partial"))  # no longer a whole state
                     shutil.rmtree(unnamed, ignore_errors=True)
+
+    def save_epoch(self):
+        """At the end of an epoch or of --max-steps, save a state and a checkpoint. Returns the name
+        of the latter."""
+        finished = self.refill.position == len(self.refill.order)
+        name = f"epoch-{self.refill.epoch}" if finished else f"step-{self.step}"
+        self.save_state()
+        self.save_checkpoint(name)
+        return name
 
     def save_checkpoint(self, name, **more):
         """Write a Hugging Face folder plus dco.json: the record, step, epoch and `more`."""
@@ -845,11 +861,12 @@ class Run:
             self.fail_to_write(folder, error)
 
     def fail_to_write(self, path, error):
-        fail(f"{path} cannot be written: {error}. Last good state: {self.last_state() or 'none'}")
+        """As `fail`, but on the process that cannot write, whichever that is."""
+        message = f"{path} cannot be written: {error}. Last good state: {self.last_state()}"
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, OSError):
-            self.fail_to_write(self.args.out, error)
         if kind is StopRequested:
             self.save_state()
             self.accelerator.print(f"\nstopped after step {self.step}: --resume continues the run")

@@ -14,7 +14,8 @@ Prints tables of coverage, of its errors, and of differences from the first row,
 With --validate, the epoch of each run is chosen, for each N, on validation problems, and reported
 on the others beside the last epoch. Writes passn-<data>.json and, by the paper's numbers:
 
-    Tables 1, 3, 4, 5     Table 3 with --n 1024 --ns 1,16,64; 5: --data HuggingFaceH4/aime_2024
+    Tables 1, 3, 4, 5     Table 3 with --n 1024 --ns 1,16,64; 5: --data HuggingFaceH4/aime_2024;
+                          of several epochs of a run also epochs-<data>.png
     Figures 1, 3, 7, 9    confidence-<data>.png: in the greedy answer; in the most frequent (3)
     Figures 2a, 6, 8, 10  passn-<data>.png; with --temperature 0.7,1,1.3,2 a curve for each
     Figure 2b             --figure 2b: F(N, p) over p
@@ -128,14 +129,16 @@ def main(argv=None):
         path = args.out / f"passn-{args.name}.json"
         report |= {"validated": validated, "checkpoints": results}
         path.write_text(json.dumps(report, default=str) + "\n")
-        print("\nwrote", ", ".join(map(str, [path, *draw_results(validated, last, args)])))
+        figures = [*draw_results(validated, last, args), *draw_epochs(results, args)]
+        print("\nwrote", ", ".join(map(str, [path, *figures])))
     accelerator.end_training()
 
 
 def epochs_of(path):
     """Return the checkpoints of a run in order, or the checkpoint itself."""
     epochs = [one for one in Path(path).glob("epoch-*") if one.name[6:].isdigit()]
-    return sorted(map(str, epochs), key=lambda one: int(one.rpartition("-")[2])) or [path]
+    known = sorted(map(str, epochs), key=lambda one: int(one.rpartition("-")[2]))
+    return known or [path.rstrip("/")]
 
 
 def split(rows, args):
@@ -146,7 +149,8 @@ def split(rows, args):
         reported = np.arange(len(rows) + len(others)) < len(rows)
         return [row | {"id": i} for i, row in enumerate([*rows, *others])], reported
     order = np.random.default_rng(args.seed).permutation(len(rows))
-    return rows, order >= float(args.validate or 0) * len(rows)
+    reported = order >= float(args.validate or 0) * len(rows)
+    return rows, reported if reported.any() else common.fail("--validate leaves no problem")
 
 
 def read_record(checkpoint, args):
@@ -426,6 +430,26 @@ def draw_results(validated, results, args):
         axes |= {"xlabel": "confidence in the answer", "ylabel": "problems", "ylim": (0, highest)}
         figures["confidence"].append({"axes": axes, "histogram": histogram})
     return [draw(panels, args.out / f"{name}-{args.name}.png") for name, panels in figures.items()]
+
+
+def draw_epochs(results, args):
+    """Draw pass@N by epoch, a panel for each N, where a run has several. Returns its path."""
+    panels = {n: {} for n in args.ns}  # {N: {run: points}}
+    for result in results:
+        run, epoch = os.path.split(result["checkpoint"])
+        epoch = epoch.removeprefix("epoch-")
+        if epoch.isdigit() and result["temperature"] == args.temperature[0]:
+            for n, curves in panels.items():
+                one = (result.get("exact") or result["sampled"])[n]
+                point = int(epoch), one["pass"], one["low"], one["high"]
+                curves[run] = sorted([*curves.get(run, []), point])
+    if not any(len(points) > 1 for points in panels[args.ns[0]].values()):
+        return []
+    drawn = []
+    for n, curves in panels.items():
+        axes = {"xlabel": "epoch", "ylabel": f"pass@{n} (%)"}
+        drawn.append({"axes": axes, "curves": curves})
+    return [draw(drawn, args.out / f"epochs-{args.name}.png")]
 
 
 def curve_of(estimates):

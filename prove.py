@@ -2,12 +2,10 @@
 
     python prove.py --model runs/lean-neff8/epoch-28
     python prove.py --ensemble --baseline runs/lean-neff1/epoch-28  # all N_eff, last epochs
-    RAY_ADDRESS=HOST:6379 python prove.py --ensemble --preset paper  # Lean on a Ray cluster
 
 A pass samples a tactic given the proof state, applies it, and goes on until a tactic fails, no goal
 is left or --max-steps are done. pass@N is the probability that one of N independent passes proves a
-theorem. With N passes for each of M models it is 1 - Π_m (1 - pass_m@N), beside cross-entropy
-(--baseline) with M x N passes.
+theorem; with N passes for each of M models 1 - Π_m (1 - pass_m@N), beside --baseline with M x N.
 
 Passes that took the same path share its work: their next tactics are sampled in one request, and
 each distinct tactic is applied once, by a Lean process in a Ray worker. States that print alike
@@ -15,9 +13,8 @@ need not be equal, so only paths are merged. A pass counts if its path, replayed
 fresh environment, proves the theorem without sorry, admit or native_decide.
 
 The time of a theorem is that of its tactics and its share of sampling, not waiting, and is checked
-between blocks of passes. Writes to --out a JSON line per theorem and model as each ends (the same
-command continues there), prove.json, success.png and proofs.json (for train_lean_step.py --extra),
-and prints the tables.
+between blocks of passes. Prints tables, and writes to --out a JSON line per theorem and model as
+each ends (the same command continues there), prove.json, success.png, proofs.json.
 """
 
 import argparse
@@ -99,6 +96,8 @@ def parse_args(argv=None):
     # output
     add("--out", type=Path, help="default: runs/prove-<folder>-<file> of the theorems")
     args = parser.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("start it without accelerate launch: it uses all GPUs by itself")
     for name, value in vars(args).items():
         if name != "seed" and type(value) in (int, float) and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive")
@@ -145,6 +144,8 @@ def load_theorems(args):
         common.fail(f"{args.theorems}: not a list of theorems as in LeanDojo's data: {error!r}")
     theorems = [theorem | {"id": i} for i, theorem in enumerate(theorems)]
     theorems = [one for one in theorems if not (args.only_untraced and one.get("traced_tactics"))]
+    if not theorems:
+        common.fail(f"{args.theorems}: there is no theorem to prove")
     return [theorem | {"traced_tactics": []} for theorem in theorems]  # workers need none
 
 
@@ -177,7 +178,7 @@ def start_out(args, runs):
     settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
     files = {}
     for label, (checkpoint, _) in runs.items():
-        files[label] = args.out / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', label).strip('-')}.jsonl"
+        files[label] = args.out / f"{re.sub(r'[^a-zA-Z0-9_.-]+', '__', label).strip('_')}.jsonl"
         weights = sorted(Path(checkpoint).glob("*.safetensors"))
         settings[f"{checkpoint} (date)"] = [path.stat().st_mtime_ns for path in weights]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -495,11 +496,11 @@ def prove_all(args, checkpoint, times, theorems, path):
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that is late starts no second Ray
     ray = common.start_ray()
     cores, nodes = int(ray.cluster_resources()["CPU"]), sum(one["Alive"] for one in ray.nodes())
-    count = min(args.workers or cores, len(theorems))
-    settings = args.dojo, args.tactic_timeout, args.start_timeout, math.ceil(count / nodes)
+    working = min(args.workers or cores, len(theorems))
+    settings = args.dojo, args.tactic_timeout, args.start_timeout, math.ceil(working / nodes)
     actor = ray.remote(LeanWorker).options(num_cpus=0, scheduling_strategy="SPREAD")
     patience = 30 + 2 * args.start_timeout + 8 * args.tactic_timeout
-    crew = [Lean(ray, actor, settings, patience) for _ in range(count)]
+    crew = [Lean(ray, actor, settings, patience) for _ in range(working)]
     ray.get([lean.worker.__ray_ready__.remote() for lean in crew], timeout=900)
     sampler = TacticSampler(args, checkpoint, times)
     inbox = SimpleQueue()  # of the threads' requests, results and errors; None: a thread has ended
@@ -521,7 +522,6 @@ def prove_all(args, checkpoint, times, theorems, path):
     for lean in crew:
         threading.Thread(target=work, args=[lean], daemon=True).start()
     progress = tqdm(total=len(theorems), unit="theorem", desc=path.stem, mininterval=1)
-    working = count
     while working:
         requests = []
         for item in [inbox.get() for _ in range(max(1, inbox.qsize()))]:
@@ -554,10 +554,10 @@ def unbiased(result, n):
     """Estimate pass@n without the bias of the time limit; a lower bound from fewer than n passes.
 
     How many blocks fit into the limit depends on how long they take, and so perhaps on what they
-    prove: their plain average is biased. But the search ended with the first block after which the
-    time was over, and so it would in any order of the blocks that ends with one without which it
-    was not over. These orders are equally likely, so the average, over the possible last blocks, of
-    the estimate from the others is unbiased: for pass@n as far as blocks are independent.
+    prove: their plain average is biased. But the search ended with the first block after which time
+    was over, and so it would in any order of the blocks that ends with one without which it was
+    not. These are equally likely, so the estimate from the other blocks, averaged over the possible
+    last ones, is unbiased.
     """
     blocks = result["blocks"]
     passes, right = (sum(block[name] for block in blocks) for name in ("passes", "successes"))
@@ -577,7 +577,7 @@ def estimate_all(args, runs, ns, estimate):
     for label, results in runs.items():
         times = results[0]["asked"] // args.passes
         rates[label] = {n: np.array([estimate(one, n * times) for one in results]) for n in ns}
-        if times == 1:
+        if label in args.model:
             missed = {n: missed[n] * (1 - rates[label][n]) for n in ns}
     if args.ensemble:
         rates["ensemble"] = {n: 1 - missed[n] for n in ns}

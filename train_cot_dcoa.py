@@ -56,7 +56,8 @@ PRESETS = {
         "weight_decay": 0.01,
     },
 }
-POSITIVE = ("n_mc", "max_new_tokens", "eval_n", "epochs", "max_steps", "batch_size", "lr", "clip")
+POSITIVE = ("n_mc", "max_new_tokens", "eval_n", "epochs", "max_steps", "batch_size", "lr", "clip",
+            "save_every")  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -273,8 +274,7 @@ def main(argv=None):
                 run.end_step(metrics)
 
             # -------- end of an epoch, or of --max-steps
-            finished = refill.position == len(refill.order)
-            run.save_checkpoint(f"epoch-{epoch}" if finished else f"step-{run.step}")
+            run.save_epoch()
             summary = {"epoch": epoch, "step": run.step}
             if test:
                 sampler.update_weights(model)
@@ -283,7 +283,8 @@ def main(argv=None):
                 summary |= found or {}  # it is the main process's
             run.end_epoch(summary | {"seconds": time.perf_counter() - epoch_started})
             shown = "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if "pass@" in k)
-            progress.write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
+            write = accelerator.on_main_process(progress.write)
+            write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
             if run.step == args.max_steps:
                 break
         progress.close()

@@ -242,8 +242,7 @@ def main(argv=None):
                 run.end_step(metrics)
 
             # -------- end of an epoch, or of --max-steps
-            finished = refill.position == len(refill.order)
-            run.save_checkpoint(f"epoch-{epoch}" if finished else f"step-{run.step}")
+            run.save_epoch()
             summary = {"epoch": epoch, "step": run.step}
             if test and args.template == "direct":  # p of a solution is not p of its answer
                 summary |= common.evaluate_exactly(
@@ -257,7 +256,8 @@ def main(argv=None):
                 )
             run.end_epoch(summary | {"seconds": time.perf_counter() - epoch_started})
             shown = "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if "pass@" in k)
-            progress.write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
+            write = accelerator.on_main_process(progress.write)
+            write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
             if run.step == args.max_steps:
                 break
         progress.close()

@@ -55,7 +55,8 @@ PRESETS = {
         "betas": (0.9, 0.98),
     },
 }
-POSITIVE = ("pass_k", "max_new_tokens", "eval_n", "epochs", "max_steps", "batch_size", "lr", "clip")
+POSITIVE = ("pass_k", "max_new_tokens", "eval_n", "epochs", "max_steps", "batch_size", "lr", "clip",
+            "save_every")  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -272,14 +273,13 @@ def main(argv=None):
                 run.end_step(metrics)
 
             # -------- end of an epoch, or of --max-steps
-            if counts["calls"] and not counts["balanced"]:
+            if counts["calls"] and not run.step:
                 progress.close()
                 common.fail(
                     f"no group of {counts['sampled']:,} is balanced. Teach the model the format: "
                     f"train_cot_dcoa.py --n-prime 1 --template {args.template} --out runs/warm"
                 )
-            finished = refill.position == len(refill.order)
-            run.save_checkpoint(f"epoch-{epoch}" if finished else f"step-{run.step}")
+            run.save_epoch()
             summary = {"epoch": epoch, "step": run.step}
             if test:
                 golds = [test_rows[example.id]["answer"] for example in test]
@@ -287,7 +287,8 @@ def main(argv=None):
                 summary |= found or {}  # it is the main process's
             run.end_epoch(summary | {"seconds": time.perf_counter() - epoch_started})
             shown = "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if "pass@" in k)
-            progress.write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
+            write = accelerator.on_main_process(progress.write)
+            write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
             if run.step == args.max_steps:
                 break
         progress.close()

@@ -285,8 +285,7 @@ def main(argv=None):
                 run.end_step(metrics)
 
             # -------- end of an epoch, or of --max-steps
-            name = f"epoch-{epoch}" if refill.position == len(refill.order) else f"step-{run.step}"
-            run.save_checkpoint(name)
+            name = run.save_epoch()
             summary = {"epoch": epoch, "step": run.step}
             if test:
                 sizes = record["max_new_tokens"], args.micro_batch_tokens
@@ -295,7 +294,8 @@ def main(argv=None):
                 )
             run.end_epoch(summary | {"seconds": time.perf_counter() - epoch_started})
             shown = "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if "pass@" in k)
-            progress.write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
+            write = accelerator.on_main_process(progress.write)
+            write(f"epoch {epoch}/{args.epochs}, step {run.step}: {shown}")
             if run.step == args.max_steps:
                 break
         progress.close()

@@ -15,8 +15,8 @@ REFUSED = [
     *((train_direct, flags) for flags in ("--batch-size 0", "--lr -1", "--prompt x", "--zero 2")),
     *((train_direct, flags) for flags in ("--model ./no/folder", "--model examples/arithmetic")),
     *((train_direct, flags) for flags in ("--factor-threshold 1", "--data no/folder")),
-    *((train_cot_dcoa, flags) for flags in ("--n-mc 0", "--n-prime nan", TOO_LONG)),
-    *((train_grpo, flags) for flags in ("--rollouts 1", "--pass-k 9", TOO_LONG)),
+    *((train_cot_dcoa, flags) for flags in ("--n-mc 0", "--save-every 0", TOO_LONG)),
+    *((train_grpo, flags) for flags in ("--rollouts 1", "--pass-k 9", "--save-every 0", TOO_LONG)),
     *((train_lean_step, flags) for flags in ("--level proof", "--n-eff 0.5", "--data none.json")),
 ]
 

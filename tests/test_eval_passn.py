@@ -179,9 +179,11 @@ def test_each_epoch_is_chosen_on_problems_that_are_not_reported(
     run, share = cross_entropy_run[0], tmp_path / "others.jsonl"
     lines = (ROOT / "examples/arithmetic/test.jsonl").read_text().splitlines(keepends=True)
     share.write_text("".join(lines[100:140]))
-    flags = [run, "--data", data, "--validate", "0.4" if kind == "share" else share]
+    runs = [run] if kind == "share" else [f"{run}/epoch-1/", f"{run}/epoch-2/"]
+    flags = [*runs, "--data", data, "--validate", 0.4 if kind == "share" else share]
     epochs = evaluate(*flags, "--ns", "1,16,256,4096", out=tmp_path / "out")
     (chosen,) = json.loads((tmp_path / "out/passn-some.json").read_text())["validated"]
+    assert (tmp_path / "out/epochs-some.png").is_file()
     table = tables(capsys.readouterr().out)
     assert [epoch["checkpoint"] for epoch in epochs] == [f"{run}/epoch-1", f"{run}/epoch-2"]
     log_p = np.array([epoch["log_p"] for epoch in epochs])  # [epochs, problems]
@@ -294,6 +296,7 @@ def test_two_processes_find_what_one_finds(cross_entropy_run, data, one_grader, 
         (["--data", "./nothing/here"], "./nothing/here"),
         (["examples/tiny_llama"], "no weights"),
         (["--validate", "1.5"], "--validate"),
+        (["--validate", "0.9999"], "--validate leaves"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(arguments, told, checkpoint, capsys, tmp_path):

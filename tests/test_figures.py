@@ -24,9 +24,7 @@ def curves(path):
     return [list(panel["curves"].values()) for panel in json.loads(path.read_text())]
 
 
-# Figures 5 and 13
-
-
+# ---- Figures 5 and 13 ----------------------------------------------------------------------------
 def test_the_derivative_along_a_step_is_that_of_finite_differences(cross_entropy_run, tokenizer):
     model = common.load_model(str(cross_entropy_run[0] / "epoch-0.86"), tokenizer).eval()
     rows = common.load_problems(str(ROOT / "examples/arithmetic"), "test")[:48]
@@ -81,9 +79,7 @@ def test_figure_13_has_quartiles_of_p_and_f_on_unseen_data(cross_entropy_run, to
             assert points[i] == pytest.approx([level, *expected], rel=1e-3, abs=1e-9)
 
 
-# Lemmas 4.2, 4.3 and A.1
-
-
+# ---- Lemmas 4.2, 4.3 and A.1 ---------------------------------------------------------------------
 def optimum(p, n):
     """The policy q with the largest coverage Σ p_i (1 - (1-q_i)^n) for accuracies p: water-filling.
     Where q_i > 0, p_i (1-q_i)^(n-1) is the same, e^-w."""
@@ -131,9 +127,7 @@ def test_both_bounds_are_false_in_general():
     assert optimum(p, 4096)[0] < eval_passn.lower_bound(4096, p[0], p[1]) - 0.1
 
 
-# Figures 2b, 4, 11 and 12
-
-
+# ---- Figures 2b, 4, 11 and 12 --------------------------------------------------------------------
 def test_figure_11_shows_bounds_that_fall_from_1(tmp_path):
     measure("--figure", 11, "--out", tmp_path)
     ((upper, lower),) = np.array(curves(tmp_path / "figure-11.json"))[..., 1]

@@ -157,3 +157,9 @@ def test_an_epoch_without_a_balanced_group_ends_with_the_remedy(with_rollouts, t
     draw = drawing(sums(20), tokenizer, lambda i, step: 0)
     message = refused(capsys, with_rollouts, sums(20), draw, "--batch-size", 4)
     assert "train_cot_dcoa.py" in message
+
+
+def test_a_later_epoch_without_a_balanced_group_is_legal(with_rollouts, tokenizer):
+    draw = drawing(sums(20), tokenizer, lambda i, step: 2 if step == 0 else 0)
+    out, _ = with_rollouts(sums(20), draw, "--batch-size", 4, "--rollouts", 4, "--epochs", 2)
+    assert [epoch["step"] for epoch in read_lines(out / "epochs.jsonl")] == [1, 1]

@@ -1,4 +1,4 @@
-"""The embedded theorem proving: the environment, its theorems, the tiny prover's tokens."""
+"""The embedded theorem proving: the environment and its theorems; the embedded files."""
 
 import json
 import random
@@ -7,7 +7,6 @@ from itertools import islice
 
 import pytest
 from conftest import ROOT, run_script
-from transformers import AutoTokenizer
 
 from examples.propositional import generate
 from examples.propositional.environment import (
@@ -18,7 +17,7 @@ from examples.propositional.environment import (
     TacticState,
 )
 
-FOLDER, PROVER = ROOT / "examples/propositional", ROOT / "examples/tiny_prover"
+FOLDER = ROOT / "examples/propositional"
 ROWS = {
     split: json.loads((FOLDER / f"{split}.json").read_text()) for split in ("train", "val", "test")
 }
@@ -123,7 +122,7 @@ def test_soundness():
     assert taken > 2000 and lost > 80, (taken, lost)
 
 
-# ---- The theorems and the tiny prover ------------------------------------------------------------
+# ---- The theorems and the embedded files ---------------------------------------------------------
 def test_traces_replay():
     for row in EVERY:
         assert is_provable(goal_of(row["statement"].split(" ", 2)[2]))
@@ -146,18 +145,3 @@ def test_generators_make_the_committed_files_byte_for_byte(name, tmp_path):
     run_script(shutil.copy(folder / "generate.py", tmp_path))  # it writes beside itself
     for path in folder.glob("*.json*"):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
-
-
-def test_states_and_tactics_survive_the_tokenizer():
-    words = AutoTokenizer.from_pretrained(PROVER)
-    config = json.loads((PROVER / "config.json").read_text())
-    texts = {
-        step[name]
-        for row in EVERY
-        for step in row["traced_tactics"]
-        for name in ("state_before", "tactic")
-    }
-    for text, ids in zip(texts, words([*texts]).input_ids, strict=True):
-        assert ids[0] == words.bos_token_id and words.unk_token_id not in ids
-        assert len(ids) < config["max_position_embeddings"] / 2 and words.decode(ids[1:]) == text
-    assert config["vocab_size"] == len(words)

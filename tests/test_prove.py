@@ -206,15 +206,18 @@ def test_a_proof_counts_only_if_its_own_path_proves_it_once_more():
 
 
 # ---- The tables ----------------------------------------------------------------------------------
-def test_the_ensemble_its_baseline_and_paired_differences(tmp_path, capsys):
-    asked = {"A": 64, "B": 64, "A (2 x the passes)": 128}
-    counts = {"A": [3, 0, 64, 1], "B": [0, 0, 1, 20], "A (2 x the passes)": [3, 1, 0, 100]}
+@pytest.mark.parametrize("models", [["A", "B"], ["A"]])
+def test_the_ensemble_its_baseline_and_paired_differences(models, tmp_path, capsys):
+    baseline = f"A ({len(models)} x the passes)"
+    asked = dict.fromkeys(models, 64) | {baseline: 64 * len(models)}
+    counts = {"A": [3, 0, 64, 1], "B": [0, 0, 1, 20], baseline: [3, 1, 0, 60]}
     names = ("tactic_calls", "steps", "unfinished", "unreplayable", "timeouts", "crashes", "proof")
     runs = {}
     for label in asked:
         same = dict.fromkeys(names, 0) | {"id": 0, "status": "done", "asked": asked[label]}
         runs[label] = [same | {"successes": c, "in_time": c} for c in counts[label]]
-    args = argparse.Namespace(ns=[1, 16, 64], passes=64, ensemble=True, baseline="A", out=tmp_path)
+    args = argparse.Namespace(ns=[1, 16, 64], passes=64, ensemble=True, baseline="A")
+    args.model, args.out = models, tmp_path
     prove.report(args, runs, [])
     saved = json.loads((tmp_path / "prove.json").read_text())
     for n in args.ns:
@@ -223,14 +226,17 @@ def test_the_ensemble_its_baseline_and_paired_differences(tmp_path, capsys):
             k = n * size // 64
             ways = [math.comb(size - c, k) / math.comb(size, k) for c in counts[label]]
             rates[label] = 1 - np.array(ways)
-        rates["ensemble"] = 1 - (1 - rates["A"]) * (1 - rates["B"])
+        rates["ensemble"] = 1 - np.prod([1 - rates[one] for one in models], axis=0)
         for label, values in rates.items():
             assert saved["paper"][label][str(n)]["pass"] == pytest.approx(values.mean())
-        for one, two in (("B", "A"), ("ensemble", "A"), ("ensemble", "A (2 x the passes)")):
+        for one, two in ((models[-1], "A"), ("ensemble", "A"), ("ensemble", baseline)):
+            if one == two:
+                continue
             row = saved["differences"][f"{one} less {two}"][str(n)]
             expected = common.mean_and_interval(rates[one] - rates[two])
             assert row == pytest.approx(expected, abs=1e-12)
-    assert "| B less A | -" in capsys.readouterr().out and (tmp_path / "success.png").exists()
+    assert f"| {baseline} less A | " in capsys.readouterr().out
+    assert (tmp_path / "success.png").exists()
 
 
 # ---- Lean's worker and the real lean_dojo, with a stand-in for Lean ------------------------------
@@ -466,6 +472,8 @@ def test_what_is_missing_is_named(scripted, lean, tmp_path, monkeypatch, capsys)
 
     assert "--passes" in message("--passes", 0)
     assert "none.json" in message("--theorems", tmp_path / "none.json")
+    solved = theorems(traced_tactics=[{"tactic": "trivial"}])
+    assert "no theorem" in message(*solved, "--only-untraced")
     wrong = scripted_prove.make_checkpoint(tmp_path / "direct", {}, template="direct")
     for model in (wrong, ROOT / "examples/tiny_prover"):
         assert str(model) in message("--model", model)
@@ -473,7 +481,15 @@ def test_what_is_missing_is_named(scripted, lean, tmp_path, monkeypatch, capsys)
     assert "GITHUB_ACCESS_TOKEN" in message(*theorems(url="https://github.com/a/b"))
     monkeypatch.setenv("PATH", "")
     assert "git" in message(*theorems())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without accelerate launch" in message()
     assert not (tmp_path / "out").exists()
+
+
+def test_each_checkpoint_has_a_file_of_its_own(tmp_path):
+    names = ["runs/lean_a/epoch-1", "runs/lean-a/epoch-1", "runs/lean/a/epoch-1"]
+    args = argparse.Namespace(out=tmp_path)
+    assert len({*prove.start_out(args, {name: (name, 1) for name in names}).values()}) == 3
 
 
 def test_minif2f_is_read_from_leandojos_cache(tmp_path, monkeypatch):

@@ -1,5 +1,4 @@
-"""examples/rivals.py: gradients against closed forms, and that they reach the training; and the
-embedded arithmetic problems."""
+"""examples/rivals.py: gradients against closed forms, and that they reach the training."""
 
 import json
 
@@ -9,7 +8,6 @@ from conftest import ROOT
 
 import common
 from examples import rivals
-from examples.arithmetic.generate import generate
 
 
 def gradient(objective, strength):
@@ -62,9 +60,3 @@ def test_a_rival_trains_with_its_own_weight(rival, strength, tmp_path, monkeypat
     else:
         assert all(step["mean_factor"] == 1 for step in steps)
         assert steps[-1]["mean_ce"] < steps[0]["mean_ce"]
-
-
-def test_the_embedded_problems_are_the_generators():
-    for split, rows in zip(("train", "test"), generate(seed=0), strict=True):
-        lines = (ROOT / f"examples/arithmetic/{split}.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in lines] == rows

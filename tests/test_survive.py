@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,9 +115,7 @@ def assert_ends_with_the_same_bytes(run, out, reference):
         assert lines == expected
 
 
-# ---- Killed
-
-
+# ---- Killed --------------------------------------------------------------------------------------
 KILLS = [  # the call before which a run is killed; each run resumes the one before
     ("common.score", 2),  # within a step
     ("common.backward", 3),
@@ -164,9 +163,7 @@ def test_a_folder_has_its_name_while_all_of_it_is_on_the_disk(small_data, tmp_pa
     assert all(name.endswith(".partial") for name in removed)
 
 
-# ---- Stopped
-
-
+# ---- Stopped -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "signals, target, count, code, state, step",
     [
@@ -174,10 +171,10 @@ def test_a_folder_has_its_name_while_all_of_it_is_on_the_disk(small_data, tmp_pa
         ([signal.SIGINT], "common.log_probs", 11, 130, 9, 9),  # within one
         ([signal.SIGTERM], "common.score", 10, 143, 15, 15),  # which scores: it begins anew
         ([signal.SIGTERM], "common.evaluate_exactly", 2, 143, 18, 18),
-        ([signal.SIGTERM, signal.SIGTERM], "common.Refill.next_step", 6, -15, 4, 5),  # at once
+        ([signal.SIGTERM, signal.SIGTERM], "common.Refill.next_step", 6, 143, 6, 6),  # twice
     ],
 )
-def test_a_signal_ends_a_run_with_a_state_and_a_second_one_at_once(
+def test_a_signal_ends_a_run_with_a_state_and_a_second_one_changes_nothing(
     signals, target, count, code, state, step, run, reference, tmp_path
 ):
     out = tmp_path / "run"
@@ -199,9 +196,7 @@ def test_two_processes_make_the_run_of_one_and_a_signal_to_one_of_them_ends_both
     assert_same_run(out, reference)
 
 
-# ---- Full disk
-
-
+# ---- Full disk -----------------------------------------------------------------------------------
 def limit_files(size):
     """A file that would grow beyond this many bytes cannot be written."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -212,7 +207,7 @@ def limit_files(size):
     [
         ("common.Run.save_state", 2, 300_000, "state/step-8", 4),  # not even the weights
         ("common.Run.save_state", 2, 900_000, "state/step-8", 4),  # not the optimizer's state
-        ("common.Run.save_checkpoint", 1, 300_000, "epoch-1", 8),
+        ("common.Run.save_checkpoint", 1, 300_000, "epoch-1", 10),
         ("common.Run.log", 6, 2_000, "", 4),
     ],
 )
@@ -227,9 +222,14 @@ def test_what_cannot_be_written_costs_nothing_but_time(
     assert_ends_with_the_same_bytes(run, out, reference)
 
 
-# ---- What --resume and --overwrite take
+def test_whichever_process_cannot_write_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    run = SimpleNamespace(last_state=lambda: tmp_path / "state/step-4")
+    error = refused(capsys, common.Run.fail_to_write, run, tmp_path, OSError("disk full"))
+    assert "disk full" in error and "step-4" in error
 
 
+# ---- What --resume and --overwrite take ----------------------------------------------------------
 @pytest.mark.parametrize(
     "flags, word",
     [
@@ -246,6 +246,17 @@ def test_another_run_in_out_is_left_alone(flags, word, reference, small_data, ca
     same = [*FLAGS, "--data", str(small_data), "--out", str(reference)]
     assert word in refused(capsys, train_direct.main, [*same, *flags])
     assert contents(reference) == before
+
+
+def test_checkpoints_whose_state_is_missing_are_left_alone(reference, small_data, tmp_path, capsys):
+    out = shutil.copytree(reference, tmp_path / "run")
+    same = [*FLAGS, "--data", str(small_data), "--out", str(out)]
+    shutil.rmtree(out / "state")
+    assert "state is missing" in refused(capsys, train_direct.main, [*same, "--resume"])
+    (out / "args.json").unlink()
+    for flags in (same, [*same, "--resume"]):
+        assert "holds a run" in refused(capsys, train_direct.main, flags)
+    assert len(list(out.glob("epoch-*"))) == 4
 
 
 def test_a_run_may_go_further_and_use_less_memory(small_data, reference, tmp_path):
@@ -265,5 +276,6 @@ def test_overwrite_replaces_the_run_and_nothing_else(small_data, tmp_path):
         train(*flags, "--save-every", 2, "--data", small_data, "--out", out)
         (out / "notes.txt").touch()
     names = {path.parts[0] for path in contents(out)}
-    assert names == {"notes.txt", "step-1", "args.json", "metrics.jsonl", "epochs.jsonl"}
+    assert names == {"notes.txt", "step-1", "state", "args.json", "metrics.jsonl", "epochs.jsonl"}
+    assert states(out) == [1]
     assert len(read_lines(out / "metrics.jsonl")) == 1

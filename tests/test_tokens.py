@@ -1,6 +1,7 @@
 """Templates, token boundaries, packed log-probabilities, and loading of problems."""
 
 import json
+import shutil
 
 import datasets
 import pytest
@@ -184,6 +185,12 @@ def test_an_architecture_that_mixes_packed_examples_is_refused(architecture, exa
 
 
 # ---- Loading
+def test_weights_that_are_not_in_safetensors_are_refused(tokenizer, tmp_path, capsys):
+    folder = shutil.copytree(TINY_LLAMA, tmp_path / "model")
+    (folder / "pytorch_model.bin").touch()
+    assert "safetensors" in refused(capsys, common.load_model, str(folder), tokenizer)
+
+
 def load(tmp_path, *rows):
     write_rows(tmp_path, train=rows)
     return common.load_problems(str(tmp_path), "train")

@@ -123,6 +123,8 @@ def main():
     parser.add_argument("--wide", action="store_true", help="operands unseen in the other sets")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
+    if args.train_per_level + args.test_per_level > 720:
+        parser.error("level 1 has 720 different problems")
     args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(
         ("train", "test"),
