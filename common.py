@@ -758,6 +758,8 @@ class Run:
         if self.args.resume and last_state:
             accelerator.print(f"resuming from {last_state}", flush=True)
             accelerator.load_state(last_state)
+            if self.step > (self.args.max_steps or inf):
+                fail(f"--max-steps {self.args.max_steps}: the run is at step {self.step}")
         elif accelerator.is_main_process:
             for path in [out / "state", *out.glob("epoch-*"), *out.glob("step-*"), *self.logs]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -259,10 +259,11 @@ def test_checkpoints_whose_state_is_missing_are_left_alone(reference, small_data
     assert len(list(out.glob("epoch-*"))) == 4
 
 
-def test_a_run_may_go_further_and_use_less_memory(small_data, reference, tmp_path):
+def test_a_run_may_go_further_and_use_less_memory(small_data, reference, tmp_path, capsys):
     flags = [*FLAGS, "--data", small_data, "--out", tmp_path / "run", "--save-every", 5]
     train(*flags, "--max-steps", 7)
     train(*flags, "--resume", "--max-steps", 14, "--micro-batch-tokens", 64)
+    assert "step 14" in refused(capsys, train, *flags, "--resume", "--max-steps", 13)
     train(*flags, "--resume")
     train(*flags, "--resume")  # what is complete
     for name in ("step-7", "step-14"):
