@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, write_rows
 
 import common
 
@@ -105,6 +105,7 @@ def test_the_trl_block_trains_on_answers_alone(copied, tiny_model):
 def test_every_command_is_one_that_its_script_takes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs/lean-neff1/epoch-1").mkdir(parents=True)  # what prove.py looks for
+    write_rows(Path("runs/t3"), validation=[])  # --validate
     text = README + (ROOT / "RESULTS.md").read_text()
     fenced = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
