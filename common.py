@@ -698,7 +698,7 @@ def check_out(args):
             if now[name] != then.get(name):
                 fail(f"--resume: {name} was {then.get(name)} and is {now[name]} now")
     elif not args.overwrite and (path.exists() or states or checkpoints):
-        resume = "its state is missing: use" if args.resume else "use --resume,"
+        resume = "args.json or its state is missing: use" if args.resume else "use --resume,"
         fail(f"{args.out} holds a run; {resume} --overwrite or another --out")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
